@@ -1,0 +1,35 @@
+"""dyncore: conditional computation that pays. Plans, ops, layers and the instruments that measure them."""
+
+import torch as _torch  # first, so that the C++ kernels share its OpenMP runtime
+
+from dyncore import backends as _backends
+from dyncore import ops
+from dyncore.execution import execution
+from dyncore.ops import gather_rows, grouped_linear, grouped_mlp, scatter_rows
+from dyncore.plan import Plan, route, route_mask, select, select_topk
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Plan",
+    "execution",
+    "gather_rows",
+    "grouped_linear",
+    "grouped_mlp",
+    "measure",
+    "nn",
+    "ops",
+    "route",
+    "route_mask",
+    "scatter_rows",
+    "select",
+    "select_topk",
+]
+
+
+def __getattr__(name: str):
+    if name in ("nn", "measure"):  # loaded at first use: import dyncore stays light
+        import importlib
+
+        return importlib.import_module(f"dyncore.{name}")
+    raise AttributeError(f"module 'dyncore' has no attribute {name!r}")

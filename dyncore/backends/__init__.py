@@ -1,0 +1,40 @@
+"""Registration of every op with PyTorch's dispatcher, which is the only backend registry.
+
+CPU tensors go to `cpu` (C++, else the reference), CUDA tensors to `triton` where it has the op, every other device to
+`reference`, fake tensors to `meta`. Ops registered here know nothing of autograd; `dyncore.ops` adds it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dyncore.backends import cpu, meta, reference, triton
+
+_PLAN = "Tensor rows, Tensor offsets, Tensor? scale, Tensor row_offsets, Tensor row_slots"
+
+SCHEMAS = {
+    "plan_mask": "(Tensor mask, SymInt capacity) -> (Tensor, Tensor, Tensor, Tensor)",
+    "plan_route": "(Tensor expert, int num_groups, SymInt capacity) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "plan_topk": "(Tensor scores, SymInt k) -> (Tensor, Tensor, Tensor, Tensor)",
+    "plan_inverse": "(Tensor rows, Tensor offsets, SymInt num_rows) -> (Tensor, Tensor)",
+    "gather_rows": "(Tensor x, Tensor rows, Tensor offsets) -> Tensor",
+    "scatter_rows": f"(Tensor y, Tensor? base, {_PLAN}) -> Tensor",
+    "scatter_rows_backward": f"(Tensor grad, Tensor y, {_PLAN}, bool[] needs) -> (Tensor, Tensor)",
+    "grouped_linear": f"(Tensor x, Tensor weight, Tensor? bias, {_PLAN}, str activation, bool gather, bool scatter, "
+    "bool save) -> (Tensor, Tensor)",
+    "grouped_linear_backward": f"(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor pre, {_PLAN}, "
+    "str activation, bool gather, bool scatter, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    "grouped_mlp": "(Tensor x, Tensor w_in, Tensor w_out, Tensor? b_in, Tensor? b_out, Tensor? residual, "
+    f"{_PLAN}, str activation, bool save) -> (Tensor, Tensor)",
+    "grouped_mlp_backward": "(Tensor grad, Tensor x, Tensor w_in, Tensor w_out, Tensor? b_in, Tensor? b_out, "
+    f"Tensor pre, {_PLAN}, str activation, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+}
+
+_library = torch.library.Library("dyncore", "DEF")
+
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    _library.impl(_name, getattr(cpu, _name), "CPU")
+    _library.impl(_name, getattr(triton, _name, getattr(reference, _name)), "CUDA")
+    _library.impl(_name, getattr(meta, _name), "Meta")

@@ -1,0 +1,78 @@
+"""The meta backend: the shapes, dtypes and devices of every op's results, for fake tensors and torch.compile."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _plan(like: Tensor, num_rows: int, num_groups: int, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def ints(size: int) -> Tensor:
+        return like.new_empty(size, dtype=torch.int32)
+
+    return ints(capacity), ints(num_groups + 1), ints(num_rows + 1), ints(capacity)
+
+
+def plan_inverse(rows: Tensor, offsets: Tensor, num_rows: int):
+    return rows.new_empty(num_rows + 1), rows.new_empty(rows.shape[0])
+
+
+def plan_mask(mask: Tensor, capacity: int):
+    return _plan(mask, mask.shape[0], mask.shape[1], capacity)
+
+
+def plan_route(expert: Tensor, num_groups: int, capacity: int):
+    return *_plan(expert, expert.shape[0], num_groups, capacity), expert.new_empty(capacity, dtype=torch.int32)
+
+
+def plan_topk(scores: Tensor, k: int):
+    batch, seq = scores.shape
+    return _plan(scores, batch * seq, 1, batch * k)
+
+
+def gather_rows(x: Tensor, rows: Tensor, offsets: Tensor):
+    return x.new_empty(rows.shape[0], x.shape[1])
+
+
+def scatter_rows(y: Tensor, base, rows, offsets, scale, row_offsets: Tensor, row_slots):
+    return y.new_empty(row_offsets.shape[0] - 1, y.shape[1])
+
+
+def _gradients(needs: list[bool], *tensors: Tensor | None):
+    """Empty gradients of `tensors`, of no elements where one is absent or not needed."""
+    like = next(t for t in tensors if t is not None)
+    return tuple(
+        (like if t is None else t).new_empty(t.shape if need and t is not None else (0,))
+        for need, t in zip(needs, tensors, strict=True)
+    )
+
+
+def scatter_rows_backward(grad, y: Tensor, rows, offsets, scale, row_offsets, row_slots, needs: list[bool]):
+    return _gradients(needs, y, scale)
+
+
+def grouped_linear(
+    x, weight, bias, rows, offsets, scale, row_offsets, row_slots, activation, gather, scatter, save
+):
+    num_slots, width = rows.shape[0], weight.shape[1]
+    out = x.new_empty(row_offsets.shape[0] - 1 if scatter else num_slots, width)
+    return out, x.new_empty((num_slots, width) if save and activation != "none" else (0,))
+
+
+def grouped_linear_backward(
+    grad, x, weight, bias, pre, rows, offsets, scale, row_offsets, row_slots, activation, gather, scatter, needs
+):
+    return _gradients([*needs[:3], needs[3] and scatter], x, weight, bias, scale)
+
+
+def grouped_mlp(
+    x, w_in, w_out, b_in, b_out, residual, rows, offsets, scale, row_offsets, row_slots, activation, save
+):
+    out = x.new_empty(row_offsets.shape[0] - 1, w_out.shape[1])
+    return out, x.new_empty((rows.shape[0], w_in.shape[1]) if save else (0,))
+
+
+def grouped_mlp_backward(
+    grad, x, w_in, w_out, b_in, b_out, pre, rows, offsets, scale, row_offsets, row_slots, activation, needs
+):
+    return _gradients(needs, x, w_in, w_out, b_in, b_out, scale)

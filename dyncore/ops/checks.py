@@ -1,0 +1,95 @@
+"""Validation shared by the ops: every message names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dyncore.activations import ELEMENTWISE, GATED
+from dyncore.plan import Plan
+
+
+def expect_plan(plan: object) -> Plan:
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan: expected a dyncore.Plan, got {type(plan).__name__}")
+    return plan
+
+
+def expect_tensor(name: str, value: object, like: Tensor | None = None) -> Tensor:
+    """`value` as a floating tensor, of the dtype and on the device of `like`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}")
+    if like is not None and value.dtype != like.dtype:
+        raise TypeError(f"{name}: expected the dtype of x, {like.dtype}, got {value.dtype}")
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{name}: expected a tensor on {like.device}, got one on {value.device}")
+    return value
+
+
+def expect_shape(name: str, value: Tensor, **sizes: int | None) -> None:
+    """Raise unless `value` has one dimension per keyword, of the size given (None: any)."""
+    got = list(value.shape)
+    wanted = list(sizes.values())
+    if len(got) != len(wanted) or any(w is not None and g != w for g, w in zip(got, wanted, strict=True)):
+        form = ", ".join(n if w is None else f"{n}={w}" for n, w in sizes.items())
+        raise ValueError(f"{name}: expected shape [{form}], got {got}")
+
+
+def expect_rows(name: str, x: Tensor, plan: Plan) -> Tensor:
+    """`x` flattened to [T, D], with T checked against the plan."""
+    flat = _flatten(name, x, plan)
+    if flat.shape[0] != plan.num_rows:
+        raise ValueError(
+            f"{name}: expected {plan.num_rows} rows (plan.num_rows), got {flat.shape[0]} in shape {list(x.shape)}"
+        )
+    return flat
+
+
+def expect_slots(name: str, y: Tensor, plan: Plan) -> Tensor:
+    """`y` as [A, D], with A checked against the plan."""
+    if y.dim() != 2:
+        raise ValueError(f"{name}: expected shape [A, D], got {list(y.shape)}")
+    if y.shape[0] != plan.num_slots:
+        raise ValueError(f"{name}: expected {plan.num_slots} slots (plan.rows), got {y.shape[0]} in {list(y.shape)}")
+    _expect_device(name, y, plan)
+    return y
+
+
+def _flatten(name: str, x: Tensor, plan: Plan) -> Tensor:
+    if x.dim() < 2:
+        raise ValueError(f"{name}: expected at least 2 dimensions [..., D], got shape {list(x.shape)}")
+    _expect_device(name, x, plan)
+    if x.dim() == 2:
+        return x
+    rows = 1
+    for size in x.shape[:-1]:
+        rows = rows * size
+    return x.reshape(rows, x.shape[-1])
+
+
+def _expect_device(name: str, x: Tensor, plan: Plan) -> None:
+    if plan.rows.device != x.device:
+        raise ValueError(f"plan: expected a plan on the device of {name}, {x.device}, got one on {plan.rows.device}")
+
+
+def expect_activation(activation: object, gated: bool) -> None:
+    names = (*ELEMENTWISE, *GATED) if gated else ELEMENTWISE
+    if activation not in names:
+        known = ", ".join(names)
+        hint = "; gated activations belong to grouped_mlp" if not gated and activation in GATED else ""
+        raise ValueError(f"activation: expected one of {known}, got {activation!r}{hint}")
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in autocast's dtype where autocast is on for their device, as torch.nn.functional.linear has them."""
+    first = next(t for t in tensors if t is not None)
+    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -1,0 +1,13 @@
+"""FLOP formulas: what the ops' formulas share. 2 per multiply-add, matrix products of live slots only."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def live_slots(rows: Tensor, offsets: Tensor) -> int:
+    """The number of live slots; the static bound where tensors hold no data. Waits for the device."""
+    if isinstance(offsets, FakeTensor) or offsets.device.type == "meta":
+        return rows.shape[0]
+    return int(offsets[-1])

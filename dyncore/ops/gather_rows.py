@@ -1,0 +1,38 @@
+"""gather_rows: the rows of a plan's slots, one beside the other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dyncore.ops.checks import expect_plan, expect_rows, expect_tensor, wants_grad
+from dyncore.plan import Plan
+
+_gather = torch.ops.dyncore.gather_rows.default
+_scatter = torch.ops.dyncore.scatter_rows.default
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, rows, offsets, row_offsets, row_slots):
+        ctx.save_for_backward(rows, offsets, row_offsets, row_slots)
+        return _gather(x, rows, offsets)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        rows, offsets, row_offsets, row_slots = ctx.saved_tensors
+        return _scatter(grad, None, rows, offsets, None, row_offsets, row_slots), None, None, None, None
+
+
+def gather_rows(x: Tensor, plan: Plan) -> Tensor:
+    """The source row of each slot: [A, D] from `x` [T, D] (or [..., D], whose leading dimensions are the rows).
+
+    Padding slots give 0. Raises TypeError on what is no floating tensor or no plan, ValueError on a wrong number of
+    rows or a plan on another device, IndexError on a plan whose rows lie outside x.
+    """
+    expect_plan(plan)
+    x = expect_rows("x", expect_tensor("x", x), plan)
+    if wants_grad(x):
+        return _GatherRows.apply(x, plan.rows, plan.offsets, plan.row_offsets, plan.row_slots)
+    return _gather(x, plan.rows, plan.offsets)

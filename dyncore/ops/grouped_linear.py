@@ -1,0 +1,121 @@
+"""grouped_linear: each slot's row times the weight of its group, with gather and scatter fused in or left out."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from dyncore import activations
+from dyncore.ops.checks import (
+    autocast,
+    expect_activation,
+    expect_plan,
+    expect_rows,
+    expect_shape,
+    expect_slots,
+    expect_tensor,
+    wants_grad,
+)
+from dyncore.ops.flops import live_slots
+from dyncore.ops.masked import compute_masked, only, selection, weighted
+from dyncore.ops.scatter_rows import scatter_rows
+from dyncore.plan import Plan
+
+_forward = torch.ops.dyncore.grouped_linear.default
+_backward = torch.ops.dyncore.grouped_linear_backward.default
+
+
+@register_flop_formula(torch.ops.dyncore.grouped_linear, get_raw=True)
+def _forward_flops(x, weight, bias, rows, offsets, *args, out_val=None, **kwargs) -> int:
+    return 2 * live_slots(rows, offsets) * weight.shape[1] * weight.shape[2]
+
+
+@register_flop_formula(torch.ops.dyncore.grouped_linear_backward, get_raw=True)
+def _backward_flops(grad, x, weight, bias, pre, rows, offsets, *args, out_val=None, **kwargs) -> int:
+    needs = args[-1]
+    return 2 * live_slots(rows, offsets) * weight.shape[1] * weight.shape[2] * (int(needs[0]) + int(needs[1]))
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, scale, rows, offsets, row_offsets, row_slots, activation, gather, scatter):
+        plan = (rows, offsets, scale, row_offsets, row_slots)
+        out, pre = _forward(x, weight, bias, *plan, activation, gather, scatter, True)
+        ctx.save_for_backward(x, weight, bias, pre, *plan)
+        ctx.form = (activation, gather, scatter)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight, bias, pre, *plan = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:4])
+        grads = _backward(grad, x, weight, bias, pre, *plan, *ctx.form, needs)
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 7
+
+
+def _masked(x, weight, bias, plan: Plan, activation: str, gather: bool, scatter: bool) -> Tensor:
+    biases = bias.unbind(0) if bias is not None else (None,) * weight.shape[0]
+    groups = plan.groups()
+    selected, scale = selection(plan)
+    total = None
+    for g, (w, b) in enumerate(zip(weight.unbind(0), biases, strict=True)):  # unbind: W[g] would zero-fill a gradient
+        chosen = selected[:, g] if gather else groups == g
+        y = activations.value(F.linear(only(chosen, x), w, b), activation)
+        if gather and scatter:
+            y = weighted(chosen, scale[:, g], y)
+        elif gather:
+            y = only(groups == g, y.index_select(0, plan.rows)) if x.shape[0] else y.new_zeros(plan.num_slots, w.shape[0])
+        else:
+            y = only(chosen, y)
+        total = y if total is None else total + y
+    assert total is not None
+    return scatter_rows(total, plan) if scatter and not gather else total.to(x.dtype)
+
+
+def grouped_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    plan: Plan,
+    activation: str | None = None,
+    gather: bool = True,
+    scatter: bool = True,
+) -> Tensor:
+    """act(weight[g] x + bias[g]) for each slot (row, g) of the plan.
+
+    Args:
+        x: rows [T, K] (or [..., K]) if `gather`, else slots [A, K].
+        weight: [G, N, K]; bias: [G, N] or None.
+        activation: None, "relu", "relu2", "gelu", "gelu_tanh" or "silu"; gated ones belong to grouped_mlp.
+        scatter: the result is rows [T, N] (or [..., N]), scaled by plan.scale and summed over a row's slots, exactly 0
+            where a row has none; else slots [A, N], not scaled, 0 in padding.
+
+    Products accumulate in float32 (float64 for float64). Raises TypeError on dtypes and on what is no tensor or plan,
+    ValueError on shapes, devices or activation names, IndexError on plan rows outside x.
+    """
+    expect_plan(plan)
+    expect_tensor("x", x)
+    leading = x.shape[:-1]
+    x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
+    x = expect_rows("x", x, plan) if gather else expect_slots("x", x, plan)
+    expect_tensor("weight", weight, like=x)
+    expect_shape("weight", weight, G=plan.num_groups, N=None, K=x.shape[1])
+    if bias is not None:
+        expect_tensor("bias", bias, like=x)
+        expect_shape("bias", bias, G=plan.num_groups, N=weight.shape[1])
+    if activation is not None:
+        expect_activation(activation, gated=False)
+    name = activation or "none"
+    if compute_masked(plan):
+        out = _masked(x, weight, bias, plan, name, gather, scatter)
+    elif wants_grad(x, weight, bias, plan.scale):
+        tensors = (plan.rows, plan.offsets, plan.row_offsets, plan.row_slots)
+        out = _GroupedLinear.apply(x, weight, bias, plan.scale if scatter else None, *tensors, name, gather, scatter)
+    else:
+        tensors = (plan.rows, plan.offsets, plan.scale, plan.row_offsets, plan.row_slots)
+        out = _forward(x, weight, bias, *tensors, name, gather, scatter, False)[0]
+    return out.view(*leading, out.shape[1]) if gather and scatter else out

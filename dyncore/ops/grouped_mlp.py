@@ -1,0 +1,144 @@
+"""grouped_mlp: each slot's row through the two-layer MLP of its group, gathered, scaled and scattered in one op."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from dyncore import activations
+from dyncore.ops.checks import (
+    autocast,
+    expect_activation,
+    expect_plan,
+    expect_rows,
+    expect_shape,
+    expect_tensor,
+    wants_grad,
+)
+from dyncore.ops.flops import live_slots
+from dyncore.ops.masked import compute_masked, only, selection, weighted
+from dyncore.plan import Plan
+
+_forward = torch.ops.dyncore.grouped_mlp.default
+_backward = torch.ops.dyncore.grouped_mlp_backward.default
+
+
+@register_flop_formula(torch.ops.dyncore.grouped_mlp, get_raw=True)
+def _forward_flops(x, w_in, w_out, b_in, b_out, residual, rows, offsets, *args, out_val=None, **kwargs) -> int:
+    return 2 * live_slots(rows, offsets) * (w_in[0].numel() + w_out[0].numel())
+
+
+@register_flop_formula(torch.ops.dyncore.grouped_mlp_backward, get_raw=True)
+def _backward_flops(grad, x, w_in, w_out, b_in, b_out, pre, rows, offsets, *args, out_val=None, **kwargs) -> int:
+    need_x, need_w_in, need_w_out, need_b_in, _, need_scale = args[-1]
+    hidden = need_x or need_w_in or need_b_in or need_scale  # the product that gives the gradient of the hidden layer
+    per_slot = (int(need_x) + int(need_w_in)) * w_in[0].numel() + (int(hidden) + int(need_w_out)) * w_out[0].numel()
+    return 2 * live_slots(rows, offsets) * per_slot
+
+
+class _GroupedMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, x, w_in, w_out, b_in, b_out, scale, residual, rows, offsets, row_offsets, row_slots, activation
+    ):
+        plan = (rows, offsets, scale, row_offsets, row_slots)
+        out, pre = _forward(x, w_in, w_out, b_in, b_out, residual, *plan, activation, True)
+        ctx.save_for_backward(x, w_in, w_out, b_in, b_out, pre, *plan)
+        ctx.activation = activation
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, w_in, w_out, b_in, b_out, pre, *plan = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:6])
+        dresidual = grad if ctx.needs_input_grad[6] else None
+        if not any(needs):
+            return *(None,) * 6, dresidual, *(None,) * 5
+        grads = _backward(grad, x, w_in, w_out, b_in, b_out, pre, *plan, ctx.activation, needs)
+        return (
+            *(g if need else None for g, need in zip(grads, needs, strict=True)),
+            dresidual,
+            *(None,) * 5,
+        )
+
+
+def _masked(x, w_in, w_out, b_in, b_out, residual, plan: Plan, activation: str) -> Tensor:
+    absent = (None,) * w_in.shape[0]
+    selected, scale = selection(plan)
+    total = None
+    for g, (wi, wo, bi, bo) in enumerate(  # unbind: W[g] would zero-fill a whole gradient for each group
+        zip(
+            w_in.unbind(0),
+            w_out.unbind(0),
+            absent if b_in is None else b_in.unbind(0),
+            absent if b_out is None else b_out.unbind(0),
+            strict=True,
+        )
+    ):
+        u = activations.hidden(F.linear(only(selected[:, g], x), wi, bi), activation)
+        y = weighted(selected[:, g], scale[:, g], F.linear(u, wo, bo))
+        total = y if total is None else total + y
+    assert total is not None
+    if residual is not None:
+        total = torch.where(selected.any(1, keepdim=True), total + residual, residual.to(total.dtype))
+    return total.to(x.dtype)
+
+
+def grouped_mlp(
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None = None,
+    b_out: Tensor | None = None,
+    *,
+    plan: Plan,
+    activation: str = "gelu",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """residual + sum over a row's slots (row, g) of plan.scale * (w_out[g] act(w_in[g] x + b_in[g]) + b_out[g]).
+
+    Args:
+        x: rows [T, H] (or [..., H]).
+        w_in: [G, I, H]; for gated activations [G, 2I, H], gate half first. w_out: [G, H, I].
+        b_in: [G, I] (gated [G, 2I]) or None; b_out: [G, H] or None.
+        activation: "relu", "relu2", "gelu", "gelu_tanh", "silu", or gated: "swiglu", "geglu", "reglu"
+            (act(gate) * up; Shazeer 2020).
+        residual: of x's shape, or None for 0.
+
+    Returns [T, H] in x's shape. A row with no slot gives exactly 0, or exactly its residual, whatever it holds.
+    Products accumulate in float32 (float64 for float64). Saved for backward: the inputs, the plan and the hidden
+    pre-activation of the slots. Raises TypeError on dtypes and on what is no tensor or plan, ValueError on shapes,
+    devices or activation names, IndexError on plan rows outside x.
+    """
+    expect_plan(plan)
+    expect_tensor("x", x)
+    expect_activation(activation, gated=True)
+    shape = x.shape
+    x, w_in, w_out, b_in, b_out, residual = autocast(x, w_in, w_out, b_in, b_out, residual)  # type: ignore
+    x = expect_rows("x", x, plan)
+    groups, width = plan.num_groups, x.shape[1]
+    expect_tensor("w_out", w_out, like=x)
+    expect_shape("w_out", w_out, G=groups, H=width, I=None)
+    inner = w_out.shape[2] * (2 if activation in activations.GATED else 1)
+    expect_tensor("w_in", w_in, like=x)
+    expect_shape("w_in", w_in, G=groups, **{"2I" if activation in activations.GATED else "I": inner}, H=width)
+    if b_in is not None:
+        expect_shape("b_in", expect_tensor("b_in", b_in, like=x), G=groups, I=inner)
+    if b_out is not None:
+        expect_shape("b_out", expect_tensor("b_out", b_out, like=x), G=groups, H=width)
+    if residual is not None:
+        if expect_tensor("residual", residual, like=x).shape != shape:
+            raise ValueError(f"residual: expected the shape of x, {list(shape)}, got {list(residual.shape)}")
+        residual = expect_rows("residual", residual, plan)
+    if compute_masked(plan):
+        return _masked(x, w_in, w_out, b_in, b_out, residual, plan, activation).view(shape)
+    plan_tensors = (plan.rows, plan.offsets, plan.row_offsets, plan.row_slots)
+    if wants_grad(x, w_in, w_out, b_in, b_out, residual, plan.scale):
+        return _GroupedMLP.apply(
+            x, w_in, w_out, b_in, b_out, plan.scale, residual, *plan_tensors, activation
+        ).view(shape)
+    tensors = (plan.rows, plan.offsets, plan.scale, plan.row_offsets, plan.row_slots)
+    return _forward(x, w_in, w_out, b_in, b_out, residual, *tensors, activation, False)[0].view(shape)

@@ -1,0 +1,43 @@
+"""What the "masked" execution of the ops shares: the plan as a dense selection and dense weights.
+
+Masked execution computes every row with every group and multiplies by 0 or 1. Rows not selected are zeroed before
+they are computed, so that a NaN in them reaches neither a value nor a gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dyncore.execution import use_masked
+from dyncore.plan import Plan
+
+
+def compute_masked(plan: Plan) -> bool:
+    """Whether a grouped product on `plan` computes everything, in the execution mode in force."""
+    return use_masked(plan.num_slots if plan.exact else None, plan.num_rows * plan.num_groups)
+
+
+def selection(plan: Plan) -> tuple[Tensor, Tensor | None]:
+    """(bool [T, G] which pairs have a slot, [T, G] sum of their scales or None if the plan has neither scales nor
+    pairs with several slots to add up)."""
+    pairs = plan.num_rows * plan.num_groups
+    groups = plan.groups()
+    index = torch.where(groups < plan.num_groups, plan.rows * plan.num_groups + groups, pairs)  # padding: one past
+    values = index.new_ones(index.shape, dtype=torch.float32) if plan.scale is None else plan.scale
+    counts = torch.zeros(pairs + 1, dtype=torch.int32, device=index.device)
+    counts = counts.index_add(0, index, torch.ones_like(index, dtype=torch.int32))
+    weights = torch.zeros(pairs + 1, dtype=values.dtype, device=index.device).index_add(0, index, values)
+    shape = (plan.num_rows, plan.num_groups)
+    return counts[:-1].view(shape) > 0, weights[:-1].view(shape)
+
+
+def only(selected: Tensor, x: Tensor) -> Tensor:
+    """`x` [T, D] with 0 in the rows that bool [T] does not select."""
+    return torch.where(selected[:, None], x, 0)
+
+
+def weighted(selected: Tensor, weight: Tensor, y: Tensor) -> Tensor:
+    """weight [T] times y [T, D] in the dtype sums are made in; exactly 0 where not selected."""
+    wide = y.float() if y.dtype in (torch.float16, torch.bfloat16) else y
+    return torch.where(selected[:, None], wide * weight[:, None].to(wide.dtype), 0)

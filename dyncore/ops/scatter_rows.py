@@ -1,0 +1,58 @@
+"""scatter_rows: slots back to their rows, scaled, summed over a row's slots and added to a base."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dyncore.ops.checks import expect_plan, expect_rows, expect_shape, expect_slots, expect_tensor, wants_grad
+from dyncore.plan import Plan
+
+_gather = torch.ops.dyncore.gather_rows.default
+_scatter = torch.ops.dyncore.scatter_rows.default
+_scatter_backward = torch.ops.dyncore.scatter_rows_backward.default
+
+
+class _ScatterRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, base, scale, rows, offsets, row_offsets, row_slots):
+        # y is needed for the gradient of scale alone
+        ctx.save_for_backward(y if scale is not None else None, scale, rows, offsets, row_offsets, row_slots)
+        return _scatter(y, base, rows, offsets, scale, row_offsets, row_slots)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        y, scale, rows, offsets, row_offsets, row_slots = ctx.saved_tensors
+        need_y, need_base, need_scale = ctx.needs_input_grad[:3]
+        dy = dscale = None
+        if scale is not None:
+            needs = [need_y, need_scale]
+            dy, dscale = _scatter_backward(grad, y, rows, offsets, scale, row_offsets, row_slots, needs)
+        elif need_y:
+            dy = _gather(grad, rows, offsets)
+        return dy if need_y else None, grad if need_base else None, dscale if need_scale else None, *(None,) * 4
+
+
+def scatter_rows(y: Tensor, plan: Plan, base: Tensor | None = None) -> Tensor:
+    """base + sum over a row's slots of plan.scale * y: [T, D] from `y` [A, D].
+
+    Args:
+        y: [A, D] slots; padding is never read.
+        base: [T, D] (or [..., D]: the result then has its shape) or None for 0. A row with no slot gives exactly base.
+
+    Sums are made in float32 (float64 for float64) in the order of the slots, and rounded once. Raises TypeError on
+    dtypes, ValueError on shapes or devices that do not match the plan, IndexError on rows outside the result.
+    """
+    expect_plan(plan)
+    y = expect_slots("y", expect_tensor("y", y), plan)
+    shape = torch.Size((plan.num_rows, y.shape[1]))
+    if base is not None:
+        shape = expect_tensor("base", base, like=y).shape
+        base = expect_rows("base", base, plan)
+        expect_shape("base", base, T=plan.num_rows, D=y.shape[1])
+    if wants_grad(y, base, plan.scale):
+        out = _ScatterRows.apply(y, base, plan.scale, plan.rows, plan.offsets, plan.row_offsets, plan.row_slots)
+    else:
+        out = _scatter(y, base, plan.rows, plan.offsets, plan.scale, plan.row_offsets, plan.row_slots)
+    return out.view(shape)

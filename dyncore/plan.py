@@ -1,0 +1,273 @@
+"""Plan, the only routing data structure, and what makes one: select, select_topk, route, route_mask.
+
+A plan lists slots, pairs (row, group) to be computed, sorted by group. Nothing here waits for an accelerator: there
+buffers have their static upper bound and the live count stays on the device. On a CPU, run eagerly, slots are counted
+first and buffers are exact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from dyncore.backends import cpu
+
+_MAX_INDEX = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """Slots (row, group) to be computed, sorted by group, ascending row inside a group.
+
+    Attributes:
+        rows: int32 [A], source row of each slot.
+        offsets: int32 [G+1]; group g owns slots offsets[g]:offsets[g+1]. offsets[G] slots are live; later ones are
+            padding and are never read.
+        scale: float [A] or None; multiplies a slot's output when it is scattered; differentiable.
+        num_rows: T, the number of rows that `rows` points into.
+        row_offsets: int32 [T+1], row_slots: int32 [A]: the inverse map. Row t owns the slots
+            row_slots[row_offsets[t]:row_offsets[t+1]], ascending.
+        exact: True where the host knows that there is no padding, so that A is the live count.
+    """
+
+    rows: Tensor
+    offsets: Tensor
+    scale: Tensor | None
+    num_rows: int
+    row_offsets: Tensor
+    row_slots: Tensor
+    exact: bool = False
+
+    @classmethod
+    def from_slots(cls, rows: Tensor, offsets: Tensor, *, num_rows: int, scale: Tensor | None = None) -> Plan:
+        """A plan from slots already sorted by group; the inverse map is built here.
+
+        Args:
+            rows: integer [A]; offsets: integer [G+1], rising from 0 to at most A.
+            num_rows: T.
+            scale: float [A] or None.
+
+        Raises TypeError, ValueError or IndexError (a row outside 0..T-1) on bad slots; on an accelerator values are
+        checked under DYNCORE_CHECK=1 only.
+        """
+        for name, t in (("rows", rows), ("offsets", offsets)):
+            _expect_tensor(name, t, dims=1)
+            if t.dtype not in (torch.int32, torch.int64):
+                raise TypeError(f"{name}: expected int32 or int64, got {t.dtype}")
+        if offsets.shape[0] < 2:
+            raise ValueError(f"offsets: expected at least 2 entries (one group), got {offsets.shape[0]}")
+        if not 0 <= num_rows <= _MAX_INDEX:
+            raise ValueError(f"num_rows: expected 0..{_MAX_INDEX}, got {num_rows}")
+        _expect_scale("scale", scale, rows.shape, rows.device)
+        rows, offsets = rows.int().contiguous(), offsets.int().contiguous()
+        row_offsets, row_slots = torch.ops.dyncore.plan_inverse(rows, offsets, num_rows)
+        exact = _is_eager_cpu(rows) and int(offsets[-1]) == rows.shape[0]
+        return cls(rows, offsets, scale, num_rows, row_offsets, row_slots, exact)
+
+    @property
+    def num_groups(self) -> int:
+        return self.offsets.shape[0] - 1
+
+    @property
+    def num_slots(self) -> int:
+        """A: live slots and padding."""
+        return self.rows.shape[0]
+
+    def to(self, device: torch.device | str) -> Plan:
+        """The same plan on another device."""
+        return pytree.tree_map_only(Tensor, lambda t: t.to(device), self)
+
+    def groups(self) -> Tensor:
+        """int64 [A]: the group of each slot; G for padding."""
+        slots = torch.arange(self.num_slots, device=self.rows.device, dtype=torch.int32)
+        return torch.searchsorted(self.offsets[1:], slots, right=True)
+
+    def __repr__(self) -> str:
+        known = self.exact or self.rows.device.type == "cpu" and not isinstance(self.rows, FakeTensor)
+        slots = str(self.num_slots if self.exact else int(self.offsets[-1])) if known else f"<={self.num_slots}"
+        pairs = self.num_rows * self.num_groups
+        density = f"{int(slots) / pairs:.3f}" if known and pairs else "unknown" if pairs else "0"
+        scaled = ", scaled" if self.scale is not None else ""
+        return f"Plan(rows={self.num_rows}, groups={self.num_groups}, slots={slots}, density={density}{scaled})"
+
+
+def _flatten(plan: Plan) -> tuple[list[Any], tuple[int, bool]]:
+    return [plan.rows, plan.offsets, plan.scale, plan.row_offsets, plan.row_slots], (plan.num_rows, plan.exact)
+
+
+def _flatten_with_keys(plan: Plan) -> tuple[list[tuple[pytree.KeyEntry, Any]], tuple[int, bool]]:
+    names = ("rows", "offsets", "scale", "row_offsets", "row_slots")
+    leaves, context = _flatten(plan)
+    return [(pytree.GetAttrKey(n), leaf) for n, leaf in zip(names, leaves, strict=True)], context
+
+
+def _unflatten(leaves: Any, context: tuple[int, bool]) -> Plan:
+    rows, offsets, scale, row_offsets, row_slots = leaves
+    return Plan(rows, offsets, scale, context[0], row_offsets, row_slots, context[1])
+
+
+pytree.register_pytree_node(
+    Plan,
+    _flatten,
+    _unflatten,
+    flatten_with_keys_fn=_flatten_with_keys,
+    serialized_type_name="dyncore.Plan",
+    to_dumpable_context=list,
+    from_dumpable_context=tuple,
+)
+
+
+def _is_eager_cpu(t: Tensor) -> bool:
+    """Whether counting `t` is cheap and no shape may be made to depend on it otherwise."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(t, FakeTensor)
+
+
+def _expect_tensor(name: str, value: object, dims: int | None = None) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+    if dims is not None and value.dim() != dims:
+        raise ValueError(f"{name}: expected {dims} dimensions, got shape {list(value.shape)}")
+
+
+def _expect_scale(name: str, scale: object, shape: torch.Size, device: torch.device) -> None:
+    if scale is None:
+        return
+    _expect_tensor(name, scale)
+    assert isinstance(scale, Tensor)
+    if not scale.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating dtype, got {scale.dtype}")
+    if scale.shape != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(scale.shape)}")
+    if scale.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, got one on {scale.device}")
+
+
+def _expect_rows(name: str, count: int) -> None:
+    if count > _MAX_INDEX:
+        raise ValueError(f"{name}: expected at most {_MAX_INDEX} entries (indices are int32), got {count}")
+
+
+def _expect_mask(mask: object) -> None:
+    _expect_tensor("mask", mask)
+    assert isinstance(mask, Tensor)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask: expected a bool tensor, got {mask.dtype}")
+
+
+def _at_slots(scale: Tensor | None, sources: Tensor) -> Tensor | None:
+    """`scale` at the flat index of each slot; padding repeats index 0 and gets a zero gradient from every op."""
+    if scale is None:
+        return None
+    if scale.numel() == 0:  # no source, so no slot is live: nothing may be indexed
+        return scale.new_zeros(sources.shape[0])
+    return scale.reshape(-1).index_select(0, sources)
+
+
+def select(mask: Tensor, scale: Tensor | None = None) -> Plan:
+    """The plan of token skipping: one group, holding the rows where `mask` is True.
+
+    Args:
+        mask: bool, any shape; rows are its flattened elements (T of them).
+        scale: float of the same shape or None; multiplies a row's output.
+
+    Raises TypeError on a mask that is not bool or a scale that is not floating, ValueError on shapes or devices that
+    do not match.
+    """
+    _expect_mask(mask)
+    _expect_scale("scale", scale, mask.shape, mask.device)
+    _expect_rows("mask", mask.numel())
+    eager = _is_eager_cpu(mask)
+    flat = mask.reshape(-1, 1)
+    capacity = cpu.count_mask(flat) if eager else flat.shape[0]
+    rows, offsets, row_offsets, row_slots = torch.ops.dyncore.plan_mask(flat, capacity)
+    return Plan(rows, offsets, _at_slots(scale, rows), flat.shape[0], row_offsets, row_slots, eager)
+
+
+def select_topk(scores: Tensor, k: int, scale: Tensor | None = None) -> Plan:
+    """The plan of Mixture-of-Depths (Raposo 2024): the k best rows of each sequence, one group.
+
+    Args:
+        scores: float [B, S]; row = b*S + s. Equal scores: the earlier row wins; NaN ranks highest (as torch.topk).
+        k: rows of each sequence, 0..S. The count is static: no padding on any device.
+        scale: float [B, S] or None.
+
+    Raises ValueError on a k outside 0..S or shapes that do not match, TypeError on dtypes.
+    """
+    _expect_tensor("scores", scores, dims=2)
+    if not scores.dtype.is_floating_point:
+        raise TypeError(f"scores: expected a floating dtype, got {scores.dtype}")
+    if not isinstance(k, (int, torch.SymInt)) or isinstance(k, bool):
+        raise TypeError(f"k: expected an int, got {type(k).__name__}")
+    batch, seq = scores.shape
+    if not 0 <= k <= seq:
+        raise ValueError(f"k: expected 0..{seq} (the sequence length), got {k}")
+    _expect_scale("scale", scale, scores.shape, scores.device)
+    _expect_rows("scores", scores.numel())
+    rows, offsets, row_offsets, row_slots = torch.ops.dyncore.plan_topk(scores.detach(), k)
+    return Plan(rows, offsets, _at_slots(scale, rows), batch * seq, row_offsets, row_slots, True)
+
+
+def route(expert: Tensor, weight: Tensor | None = None, *, num_groups: int) -> Plan:
+    """The plan of top-k routing: row t goes to the groups expert[t, :].
+
+    Args:
+        expert: integer [T, K]; a negative index means "nowhere". The same group twice makes two slots.
+        weight: float [T, K] or None; multiplies the output of a slot.
+        num_groups: G.
+
+    Raises IndexError on an index >= num_groups (on an accelerator under DYNCORE_CHECK=1), TypeError on dtypes,
+    ValueError on shapes or devices that do not match.
+    """
+    _expect_tensor("expert", expert, dims=2)
+    if expert.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64):
+        raise TypeError(f"expert: expected a signed integer dtype, got {expert.dtype}")
+    if not isinstance(num_groups, int) or isinstance(num_groups, bool):
+        raise TypeError(f"num_groups: expected an int, got {type(num_groups).__name__}")
+    if not 1 <= num_groups <= _MAX_INDEX:
+        raise ValueError(f"num_groups: expected a positive number, got {num_groups}")
+    _expect_scale("weight", weight, expert.shape, expert.device)
+    _expect_rows("expert", expert.numel())
+    if expert.dtype not in (torch.int32, torch.int64):
+        expert = expert.int()
+    eager = _is_eager_cpu(expert)
+    capacity = cpu.count_route(expert, num_groups) if eager else expert.numel()
+    rows, offsets, row_offsets, row_slots, sources = torch.ops.dyncore.plan_route(expert, num_groups, capacity)
+    return Plan(rows, offsets, _at_slots(weight, sources), expert.shape[0], row_offsets, row_slots, eager)
+
+
+def route_mask(mask: Tensor, weight: Tensor | None = None, *, max_slots: int | None = None) -> Plan:
+    """The plan of any number of groups a row: dynamic-k, nested width, expert choice.
+
+    Args:
+        mask: bool [T, G]: row t goes to group g.
+        weight: float [T, G] or None; multiplies the output of a slot.
+        max_slots: bound on the number of slots where buffers are static (accelerators, torch.compile), T*G if None.
+
+    Raises ValueError if there are more than max_slots (on an accelerator under DYNCORE_CHECK=1; otherwise the slots
+    past the bound, the last groups' first, are dropped there), TypeError on dtypes, ValueError on shapes or devices.
+    """
+    _expect_mask(mask)
+    _expect_tensor("mask", mask, dims=2)
+    _expect_scale("weight", weight, mask.shape, mask.device)
+    if mask.shape[1] < 1:
+        raise ValueError(f"mask: expected at least one group, got shape {list(mask.shape)}")
+    if max_slots is not None and max_slots < 0:
+        raise ValueError(f"max_slots: expected a number >= 0, got {max_slots}")
+    num_rows, num_groups = mask.shape
+    bound = mask.numel() if max_slots is None else min(max_slots, mask.numel())
+    eager = _is_eager_cpu(mask)
+    capacity = cpu.count_mask(mask) if eager else bound
+    if eager and capacity > bound:
+        raise ValueError(f"max_slots: the mask has {capacity} slots, more than max_slots={max_slots}")
+    _expect_rows("mask", capacity)
+    rows, offsets, row_offsets, row_slots = torch.ops.dyncore.plan_mask(mask, capacity)
+    plan = Plan(rows, offsets, None, num_rows, row_offsets, row_slots, eager)
+    if weight is None:
+        return plan
+    sources = rows.long() * num_groups + plan.groups().clamp(max=num_groups - 1)
+    return dataclasses.replace(plan, scale=_at_slots(weight, sources))
