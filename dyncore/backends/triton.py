@@ -1,1 +1,109 @@
-"""The triton backend (bootstrap)."""
+"""The triton backend: the ops that have a Triton kernel (dyncore.kernels); CUDA has the rest from the reference.
+Floor 1. triton is imported at the first launch, so that `import dyncore` does without it.
+
+With TRITON_INTERPRET=1 set before the first launch, the same functions run on CPU tensors in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from dyncore.backends import reference
+
+# dtypes the kernels take; they accumulate in float32
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_OLDEST = (8, 0)  # compute capability: bf16 tensor cores and asynchronous copies
+
+available: bool  # whether kernels can be launched here
+reason: str  # why not, or what they run on
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _probe() -> tuple[bool, str]:
+    if importlib.util.find_spec("triton") is None:
+        return False, "the package triton is not installed"
+    if _interpreted():
+        return True, "Triton's interpreter, on the CPU (TRITON_INTERPRET=1)"
+    if not torch.cuda.is_available():
+        return False, "PyTorch finds no CUDA device"
+    capability = torch.cuda.get_device_capability()
+    if capability < _OLDEST:
+        return False, f"compute capability {capability[0]}.{capability[1]}, 8.0 or later is needed"
+    return True, f"{torch.cuda.get_device_name()}, compute capability {capability[0]}.{capability[1]}"
+
+
+def __getattr__(name: str) -> bool | str:
+    if name in ("available", "reason"):
+        return _probe()[name == "reason"]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _can_launch(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether a kernel takes these tensors: one dtype of _DTYPES, on a device that Triton compiles for."""
+    if x.dtype not in _DTYPES or any(t is not None and t.dtype != x.dtype for t in others) or not _probe()[0]:
+        return False
+    if x.is_cuda:
+        return torch.cuda.get_device_capability(x.device) >= _OLDEST
+    return _interpreted()
+
+
+def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device: make it that of x."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def scatter_rows(
+    y: Tensor,
+    base: Tensor | None,
+    rows: Tensor,
+    offsets: Tensor,
+    scale: Tensor | None,
+    row_offsets: Tensor,
+    row_slots: Tensor,
+) -> Tensor:
+    if not _can_launch(y, base):
+        return reference.scatter_rows(y, base, rows, offsets, scale, row_offsets, row_slots)
+    from dyncore.kernels.common.combine import combine
+
+    num_rows = row_offsets.shape[0] - 1
+    reference.check_plan(rows, offsets, num_rows)
+    out = y.new_empty(num_rows, y.shape[1])
+    with _on(y):
+        combine(y, base, scale, row_offsets, row_slots, out)
+    return out
+
+
+def grouped_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor,
+    offsets: Tensor,
+    scale: Tensor | None,
+    row_offsets: Tensor,
+    row_slots: Tensor,
+    activation: str,
+    gather: bool,
+    scatter: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    plan = (rows, offsets, scale, row_offsets, row_slots)
+    if not _can_launch(x, weight, bias):
+        return reference.grouped_linear(x, weight, bias, *plan, activation, gather, scatter, save)
+    from dyncore.kernels import grouped_linear as kernel
+
+    reference.check_plan(rows, offsets, row_offsets.shape[0] - 1)
+    arch = kernel.architecture(torch.cuda.get_device_capability(x.device) if x.is_cuda else _OLDEST)
+    tf32 = x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    with _on(x):
+        return kernel.grouped_linear(x, weight, bias, *plan, activation, gather, scatter, save, arch=arch, tf32=tf32)

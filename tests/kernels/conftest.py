@@ -1,0 +1,32 @@
+"""Triton's interpreter and its ahead-of-time compiler cannot share a process: TRITON_INTERPRET says which one this is.
+
+Two faults of the interpreter of Triton 3.6 are mended here, so that the kernels need not be written around them.
+"""
+
+import os
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    _create_dot = interpreter.InterpreterBuilder.create_dot
+    _patch_tensor = interpreter._patch_lang_tensor
+
+    def _widened(handle):
+        """bfloat16 is held as its bits, which tl.dot would multiply as integers: give it float32 instead."""
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        bits = handle.data.astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        return _create_dot(self, _widened(a), _widened(b), d, input_precision, max_num_imprecise_acc)
+
+    def patch_tensor(tensor, scope):
+        """A loop bound is an array of one element, which numpy 2.4 no longer converts to an int by itself."""
+        _patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+    interpreter._patch_lang_tensor = patch_tensor
