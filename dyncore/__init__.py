@@ -1,8 +1,10 @@
 """dyncore: conditional computation that pays. Plans, ops, layers and the instruments that measure them."""
 
-import torch as _torch  # first, so that the C++ kernels share its OpenMP runtime
+import importlib
 
-from dyncore import backends as _backends
+import torch as _torch  # noqa: F401  # first, so that the C++ kernels share its OpenMP runtime
+
+from dyncore import backends as _backends  # noqa: F401  # registers the ops
 from dyncore import ops
 from dyncore.execution import execution
 from dyncore.ops import gather_rows, grouped_linear, grouped_mlp, scatter_rows
@@ -29,7 +31,5 @@ __all__ = [
 
 def __getattr__(name: str):
     if name in ("nn", "measure"):  # loaded at first use: import dyncore stays light
-        import importlib
-
         return importlib.import_module(f"dyncore.{name}")
     raise AttributeError(f"module 'dyncore' has no attribute {name!r}")

@@ -88,7 +88,7 @@ class Plan:
         return torch.searchsorted(self.offsets[1:], slots, right=True)
 
     def __repr__(self) -> str:
-        known = self.exact or self.rows.device.type == "cpu" and not isinstance(self.rows, FakeTensor)
+        known = self.exact or (self.rows.device.type == "cpu" and not isinstance(self.rows, FakeTensor))
         slots = str(self.num_slots if self.exact else int(self.offsets[-1])) if known else f"<={self.num_slots}"
         pairs = self.num_rows * self.num_groups
         density = f"{int(slots) / pairs:.3f}" if known and pairs else "unknown" if pairs else "0"
@@ -100,7 +100,7 @@ def _flatten(plan: Plan) -> tuple[list[Any], tuple[int, bool]]:
     return [plan.rows, plan.offsets, plan.scale, plan.row_offsets, plan.row_slots], (plan.num_rows, plan.exact)
 
 
-def _flatten_with_keys(plan: Plan) -> tuple[list[tuple[pytree.KeyEntry, Any]], tuple[int, bool]]:
+def _flatten_with_keys(plan: Plan) -> tuple[list[tuple[Any, Any]], tuple[int, bool]]:
     names = ("rows", "offsets", "scale", "row_offsets", "row_slots")
     leaves, context = _flatten(plan)
     return [(pytree.GetAttrKey(n), leaf) for n, leaf in zip(names, leaves, strict=True)], context

@@ -51,9 +51,7 @@ def scatter_rows_backward(grad, y: Tensor, rows, offsets, scale, row_offsets, ro
     return _gradients(needs, y, scale)
 
 
-def grouped_linear(
-    x, weight, bias, rows, offsets, scale, row_offsets, row_slots, activation, gather, scatter, save
-):
+def grouped_linear(x, weight, bias, rows, offsets, scale, row_offsets, row_slots, activation, gather, scatter, save):
     num_slots, width = rows.shape[0], weight.shape[1]
     out = x.new_empty(row_offsets.shape[0] - 1 if scatter else num_slots, width)
     return out, x.new_empty((num_slots, width) if save and activation != "none" else (0,))
@@ -65,9 +63,7 @@ def grouped_linear_backward(
     return _gradients([*needs[:3], needs[3] and scatter], x, weight, bias, scale)
 
 
-def grouped_mlp(
-    x, w_in, w_out, b_in, b_out, residual, rows, offsets, scale, row_offsets, row_slots, activation, save
-):
+def grouped_mlp(x, w_in, w_out, b_in, b_out, residual, rows, offsets, scale, row_offsets, row_slots, activation, save):
     out = x.new_empty(row_offsets.shape[0] - 1, w_out.shape[1])
     return out, x.new_empty((rows.shape[0], w_in.shape[1]) if save else (0,))
 

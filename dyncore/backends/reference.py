@@ -7,6 +7,7 @@ float16 and bfloat16 are computed in float32 and rounded once. Shapes: T rows, A
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import torch
@@ -35,7 +36,7 @@ def check_plan(rows: Tensor, offsets: Tensor, num_rows: int) -> None:
     if not _check_on(rows.device):
         return
     bounds = offsets.tolist()
-    if bounds[0] != 0 or any(b < a for a, b in zip(bounds, bounds[1:], strict=False)) or bounds[-1] > rows.shape[0]:
+    if bounds[0] != 0 or any(b < a for a, b in itertools.pairwise(bounds)) or bounds[-1] > rows.shape[0]:
         raise ValueError(
             f"plan.offsets: expected non-decreasing offsets from 0 to at most {rows.shape[0]} slots, got {bounds}"
         )
@@ -49,7 +50,7 @@ def check_plan(rows: Tensor, offsets: Tensor, num_rows: int) -> None:
 def _groups(offsets: Tensor) -> list[tuple[int, int, int]]:
     """(group, first slot, end) of every group that has slots."""
     bounds = offsets.tolist()
-    return [(g, s, e) for g, (s, e) in enumerate(zip(bounds, bounds[1:], strict=False)) if e > s]
+    return [(g, s, e) for g, (s, e) in enumerate(itertools.pairwise(bounds)) if e > s]
 
 
 # Plans ---------------------------------------------------------------------------------------------------------------
@@ -87,6 +88,7 @@ def plan_route(expert: Tensor, num_groups: int, capacity: int) -> tuple[Tensor, 
     offsets = torch.searchsorted(key, torch.arange(num_groups + 1, device=key.device, dtype=key.dtype))
     offsets = offsets.clamp(max=capacity).int()
     sources = torch.where(key < num_groups, order, 0)[:capacity].int()
+    sources = torch.nn.functional.pad(sources, (0, capacity - sources.shape[0]))
     rows = sources // max(k, 1)
     return rows, offsets, *plan_inverse(rows, offsets, num_rows), sources
 
@@ -162,10 +164,11 @@ def scatter_rows_backward(
 def _product(slots: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
     """y[a] = weight[g(a)] slots[a] + bias[g(a)]: [A, K] -> [A, N]; padding gives 0."""
     y = slots.new_zeros(slots.shape[0], weight.shape[1])
-    for g, s, e in _groups(offsets):
-        y[s:e] = slots[s:e] @ _wide(weight[g]).t()
-        if bias is not None:
-            y[s:e] += _wide(bias[g])
+    with torch.autocast(slots.device.type, enabled=False):
+        for g, s, e in _groups(offsets):
+            y[s:e] = slots[s:e] @ _wide(weight[g]).t()
+            if bias is not None:
+                y[s:e] += _wide(bias[g])
     return y
 
 
@@ -176,13 +179,14 @@ def _product_backward(
     dslots = torch.zeros_like(slots) if needs[0] else None
     dweight = slots.new_zeros(weight.shape) if needs[1] else None
     dbias = slots.new_zeros(weight.shape[:2]) if needs[2] else None
-    for g, s, e in _groups(offsets):
-        if dslots is not None:
-            dslots[s:e] = dy[s:e] @ _wide(weight[g])
-        if dweight is not None:
-            dweight[g] = dy[s:e].t() @ slots[s:e]
-        if dbias is not None:
-            dbias[g] = dy[s:e].sum(0)
+    with torch.autocast(slots.device.type, enabled=False):
+        for g, s, e in _groups(offsets):
+            if dslots is not None:
+                dslots[s:e] = dy[s:e] @ _wide(weight[g])
+            if dweight is not None:
+                dweight[g] = dy[s:e].t() @ slots[s:e]
+            if dbias is not None:
+                dbias[g] = dy[s:e].sum(0)
     return dslots, dweight, dbias
 
 
@@ -237,8 +241,10 @@ def grouped_linear_backward(
     dscale = None
     if scatter and scale is not None:
         if needs[3]:
-            y = activations.value(_wide(pre), activation) if activation != "none" else _product(
-                slots, weight, bias, offsets
+            y = (
+                activations.value(_wide(pre), activation)
+                if activation != "none"
+                else _product(slots, weight, bias, offsets)
             )
             dscale = torch.where(live, dy * y, 0).sum(1)
         dy = torch.where(live, dy * scale[:, None].to(dy.dtype), 0)

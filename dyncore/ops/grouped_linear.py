@@ -59,7 +59,8 @@ class _GroupedLinear(torch.autograd.Function):
 def _masked(x, weight, bias, plan: Plan, activation: str, gather: bool, scatter: bool) -> Tensor:
     biases = bias.unbind(0) if bias is not None else (None,) * weight.shape[0]
     groups = plan.groups()
-    selected, scale = selection(plan)
+    selected, scale = selection(plan, x.dtype)
+    rows = torch.where(groups < plan.num_groups, plan.rows, 0)  # padding may hold anything
     total = None
     for g, (w, b) in enumerate(zip(weight.unbind(0), biases, strict=True)):  # unbind: W[g] would zero-fill a gradient
         chosen = selected[:, g] if gather else groups == g
@@ -67,7 +68,8 @@ def _masked(x, weight, bias, plan: Plan, activation: str, gather: bool, scatter:
         if gather and scatter:
             y = weighted(chosen, scale[:, g], y)
         elif gather:
-            y = only(groups == g, y.index_select(0, plan.rows)) if x.shape[0] else y.new_zeros(plan.num_slots, w.shape[0])
+            y = y[rows] if plan.num_rows else y.new_zeros(plan.num_slots, w.shape[0])
+            y = only(groups == g, y)
         else:
             y = only(chosen, y)
         total = y if total is None else total + y

@@ -40,9 +40,7 @@ def _backward_flops(grad, x, w_in, w_out, b_in, b_out, pre, rows, offsets, *args
 
 class _GroupedMLP(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, x, w_in, w_out, b_in, b_out, scale, residual, rows, offsets, row_offsets, row_slots, activation
-    ):
+    def forward(ctx, x, w_in, w_out, b_in, b_out, scale, residual, rows, offsets, row_offsets, row_slots, activation):
         plan = (rows, offsets, scale, row_offsets, row_slots)
         out, pre = _forward(x, w_in, w_out, b_in, b_out, residual, *plan, activation, True)
         ctx.save_for_backward(x, w_in, w_out, b_in, b_out, pre, *plan)
@@ -67,7 +65,7 @@ class _GroupedMLP(torch.autograd.Function):
 
 def _masked(x, w_in, w_out, b_in, b_out, residual, plan: Plan, activation: str) -> Tensor:
     absent = (None,) * w_in.shape[0]
-    selected, scale = selection(plan)
+    selected, scale = selection(plan, x.dtype)
     total = None
     for g, (wi, wo, bi, bo) in enumerate(  # unbind: W[g] would zero-fill a whole gradient for each group
         zip(
@@ -133,12 +131,14 @@ def grouped_mlp(
         if expect_tensor("residual", residual, like=x).shape != shape:
             raise ValueError(f"residual: expected the shape of x, {list(shape)}, got {list(residual.shape)}")
         residual = expect_rows("residual", residual, plan)
+        if residual is x and torch.compiler.is_compiling():  # Dynamo refuses one tensor as two inputs of a Function
+            residual = residual.view_as(residual)
     if compute_masked(plan):
         return _masked(x, w_in, w_out, b_in, b_out, residual, plan, activation).view(shape)
     plan_tensors = (plan.rows, plan.offsets, plan.row_offsets, plan.row_slots)
     if wants_grad(x, w_in, w_out, b_in, b_out, residual, plan.scale):
-        return _GroupedMLP.apply(
-            x, w_in, w_out, b_in, b_out, plan.scale, residual, *plan_tensors, activation
-        ).view(shape)
+        return _GroupedMLP.apply(x, w_in, w_out, b_in, b_out, plan.scale, residual, *plan_tensors, activation).view(
+            shape
+        )
     tensors = (plan.rows, plan.offsets, plan.scale, plan.row_offsets, plan.row_slots)
     return _forward(x, w_in, w_out, b_in, b_out, residual, *tensors, activation, False)[0].view(shape)

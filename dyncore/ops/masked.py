@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dyncore.backends.reference import check_plan
 from dyncore.execution import use_masked
 from dyncore.plan import Plan
 
@@ -18,16 +19,23 @@ def compute_masked(plan: Plan) -> bool:
     return use_masked(plan.num_slots if plan.exact else None, plan.num_rows * plan.num_groups)
 
 
-def selection(plan: Plan) -> tuple[Tensor, Tensor | None]:
-    """(bool [T, G] which pairs have a slot, [T, G] sum of their scales or None if the plan has neither scales nor
-    pairs with several slots to add up)."""
+def selection(plan: Plan, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(bool [T, G]: which pairs have a slot; [T, G]: the sum of their scales, 1 for each slot if there are none).
+
+    Sums are made in the dtype that products of `dtype` are summed in.
+    """
+    if not torch.compiler.is_compiling():
+        check_plan(plan.rows, plan.offsets, plan.num_rows)
     pairs = plan.num_rows * plan.num_groups
     groups = plan.groups()
-    index = torch.where(groups < plan.num_groups, plan.rows * plan.num_groups + groups, pairs)  # padding: one past
-    values = index.new_ones(index.shape, dtype=torch.float32) if plan.scale is None else plan.scale
+    index = torch.where(
+        groups < plan.num_groups, plan.rows.long() * plan.num_groups + groups, pairs
+    )  # padding: one past
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    values = index.new_ones(index.shape, dtype=dtype) if plan.scale is None else plan.scale.to(dtype)
     counts = torch.zeros(pairs + 1, dtype=torch.int32, device=index.device)
     counts = counts.index_add(0, index, torch.ones_like(index, dtype=torch.int32))
-    weights = torch.zeros(pairs + 1, dtype=values.dtype, device=index.device).index_add(0, index, values)
+    weights = torch.zeros(pairs + 1, dtype=dtype, device=index.device).index_add(0, index, values)
     shape = (plan.num_rows, plan.num_groups)
     return counts[:-1].view(shape) > 0, weights[:-1].view(shape)
 

@@ -51,6 +51,8 @@ def scatter_rows(y: Tensor, plan: Plan, base: Tensor | None = None) -> Tensor:
         shape = expect_tensor("base", base, like=y).shape
         base = expect_rows("base", base, plan)
         expect_shape("base", base, T=plan.num_rows, D=y.shape[1])
+        if base is y and torch.compiler.is_compiling():  # Dynamo refuses one tensor as two inputs of a Function
+            base = base.view_as(base)
     if wants_grad(y, base, plan.scale):
         out = _ScatterRows.apply(y, base, plan.scale, plan.rows, plan.offsets, plan.row_offsets, plan.row_slots)
     else:
