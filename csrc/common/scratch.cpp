@@ -1,0 +1,75 @@
+#include "common/scratch.h"
+
+#include <cstdlib>
+#include <new>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace dyncore {
+
+namespace {
+
+constexpr size_t kKeptLimit = size_t{64} << 20;  // a larger block is given back after the call
+constexpr size_t kHugePage = size_t{2} << 20;
+
+char* allocate(size_t bytes) {
+  const size_t alignment = bytes >= kHugePage ? kHugePage : 64;
+  void* block = nullptr;
+  if (posix_memalign(&block, alignment, (bytes + alignment - 1) / alignment * alignment) != 0) throw std::bad_alloc();
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  if (alignment == kHugePage) madvise(block, bytes, MADV_HUGEPAGE);  // advice: where refused, small pages serve
+#endif
+  return static_cast<char*>(block);
+}
+
+struct Kept {
+  char* block = nullptr;
+  size_t bytes = 0;
+  bool in_use = false;
+  ~Kept() { std::free(block); }
+};
+
+thread_local Kept kept;
+
+}  // namespace
+
+size_t rounded_bytes(size_t bytes) {
+  // One odd cache line more, so that buffers of 4096-byte multiples do not fall into the same cache sets.
+  return (bytes + 63) / 64 * 64 + 64;
+}
+
+Scratch::Scratch(size_t bytes) : block_(nullptr), next_(nullptr), kept_(false) {
+  if (bytes == 0) return;
+  if (bytes <= kKeptLimit && !kept.in_use) {
+    if (kept.bytes < bytes) {
+      std::free(kept.block);
+      kept.block = nullptr;
+      kept.bytes = 0;
+      kept.block = allocate(bytes);
+      kept.bytes = bytes;
+    }
+    kept.in_use = kept_ = true;
+    block_ = kept.block;
+  } else {
+    block_ = allocate(bytes);
+  }
+  next_ = block_;
+}
+
+Scratch::~Scratch() {
+  if (kept_) {
+    kept.in_use = false;
+  } else {
+    std::free(block_);
+  }
+}
+
+void* Scratch::take(size_t bytes) {
+  char* taken = next_;
+  next_ += rounded_bytes(bytes);
+  return taken;
+}
+
+}  // namespace dyncore

@@ -1,0 +1,28 @@
+// Scratch memory of one op call. Each calling thread keeps one block between calls, because fresh large blocks
+// page-fault on every use.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace dyncore {
+
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes);  // throws std::bad_alloc
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  // The next `bytes` of the block, aligned to 64 bytes. The constructor's size must cover the rounded_bytes of all.
+  void* take(size_t bytes);
+
+ private:
+  char* block_;
+  char* next_;
+  bool kept_;
+};
+
+// What `bytes` take up of a block.
+size_t rounded_bytes(size_t bytes);
+
+}  // namespace dyncore

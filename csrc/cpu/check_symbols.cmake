@@ -1,0 +1,13 @@
+# Fails when an object file of an instruction set defines a symbol that another set's could be merged with.
+foreach(object ${OBJECTS})
+  execute_process(COMMAND ${NM} --defined-only ${object} OUTPUT_VARIABLE listing RESULT_VARIABLE status)
+  if(NOT status EQUAL 0)
+    message(FATAL_ERROR "${NM} failed on ${object}")
+  endif()
+  string(REPLACE "\n" ";" lines "${listing}")
+  foreach(line ${lines})
+    if(line MATCHES " [WVu] " AND NOT line MATCHES "7dyncore(8baseline|4avx2|6avx512|11avx512_bf16)|DW.ref.__gxx_personality_v0")
+      message(FATAL_ERROR "${object}: symbol outside its instruction set's namespace: ${line}")
+    endif()
+  endforeach()
+endforeach()

@@ -1,0 +1,46 @@
+// Slots back to rows: a panel of 32 columns of slot results is summed through the inverse map, in ascending slot order,
+// in float, and rounded once. A thread owns its columns for all groups, so there are no atomics and the bits do not
+// depend on the thread count.
+#pragma once
+#include "common/threads.h"
+#include "cpu/common/vec.h"
+#include "cpu/kernels.h"
+
+namespace dyncore::DYNCORE_ISA {
+
+// out[t][n0:n0+n] = base + sum of scale * slots[a][0:n] over the row's slots, for the rows that have some.
+template <class T>
+inline void combine_panel(const Plan& plan, const float* slots, const float* scale, const Matrix& base, T* out,
+                          int64_t stride, int64_t n0, int n) {
+  const T* base_at = static_cast<const T*>(base.data);
+  for (int64_t t = 0; t < plan.num_rows; ++t) {
+    const int32_t first = plan.row_offsets[t], end = plan.row_offsets[t + 1];
+    if (first == end) continue;
+    Row total = base_at ? load_row(base_at + t * base.stride + n0, n) : zero_row();
+    for (int32_t s = first; s < end; ++s) {
+      const int64_t a = plan.row_slots[s];
+      const Row y = load_row(slots + a * NC, NC);
+      const float factor = scale ? scale[a] : 1.0f;
+      for (int j = 0; j < NV; ++j) total.v[j] += factor * y.v[j];
+    }
+    store_row(out + t * stride + n0, total, n);
+  }
+}
+
+// Rows without a slot are exactly their base, or 0, whatever it holds. Each thread fills its share of the rows.
+template <class T>
+inline void fill_empty_rows(const Plan& plan, const Matrix& base, T* out, int64_t stride, int64_t width,
+                            const Team& team) {
+  const T* base_at = static_cast<const T*>(base.data);
+  const int64_t end = plan.num_rows * (team.index + 1) / team.size;
+  for (int64_t t = plan.num_rows * team.index / team.size; t < end; ++t) {
+    if (plan.row_offsets[t] != plan.row_offsets[t + 1]) continue;
+    if (base_at) {
+      std::memcpy(out + t * stride, base_at + t * base.stride, width * sizeof(T));
+    } else {
+      std::memset(out + t * stride, 0, width * sizeof(T));
+    }
+  }
+}
+
+}  // namespace dyncore::DYNCORE_ISA

@@ -1,0 +1,161 @@
+// Register tiles: R rows times a packed panel of 32 columns, and the dot form, which reads both operands along k.
+// The rows of the left operand are read where they lie, through one pointer each, so gathering them costs nothing.
+// Bound by the multiply-adds: R x 2 of them for R + 2 loads.
+#pragma once
+#include "cpu/common/pack.h"
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace dyncore::DYNCORE_ISA {
+
+// c[r][0:32] (+)= sum_k rows[r][k] * b[k][0:32]; b's rows are ldb apart.
+template <int R>
+inline __attribute__((noinline)) void tile(const float* const* rows, const float* b, int64_t ldb, int64_t depth,
+                                           float* c, bool accumulate) {
+  for (int j0 = 0; j0 < NC; j0 += 2 * VL) {
+    vf acc[R][2];
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      acc[r][0] = accumulate ? load(c + r * NC + j0) : vf{};
+      acc[r][1] = accumulate ? load(c + r * NC + j0 + VL) : vf{};
+    }
+    const float* bk = b + j0;
+    for (int64_t k = 0; k < depth; ++k, bk += ldb) {
+      const vf b0 = load(bk), b1 = load(bk + VL);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) {
+        const vf a = splat(rows[r][k]);
+        acc[r][0] += a * b0;
+        acc[r][1] += a * b1;
+      }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      store(c + r * NC + j0, acc[r][0]);
+      store(c + r * NC + j0 + VL, acc[r][1]);
+    }
+  }
+}
+
+#if defined(__AVX512BF16__)
+// The same from pairs of bfloat16: b is [ceil(depth/2)][32] words.
+template <int R>
+inline __attribute__((noinline)) void tile_pairs(const bf16* const* rows, const float* b, int64_t depth, float* c,
+                                                 bool accumulate) {
+  vf acc[R][2];
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+    acc[r][0] = accumulate ? load(c + r * NC) : vf{};
+    acc[r][1] = accumulate ? load(c + r * NC + VL) : vf{};
+  }
+  const int64_t words = depth / 2;
+  for (int64_t k = 0; k < words; ++k) {
+    const __m512bh b0 = (__m512bh)load(b + k * NC), b1 = (__m512bh)load(b + k * NC + VL);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      int32_t word;
+      std::memcpy(&word, rows[r] + 2 * k, 4);
+      const __m512bh a = (__m512bh)_mm512_set1_epi32(word);
+      acc[r][0] = (vf)_mm512_dpbf16_ps((__m512)acc[r][0], a, b0);
+      acc[r][1] = (vf)_mm512_dpbf16_ps((__m512)acc[r][1], a, b1);
+    }
+  }
+  if (depth % 2) {
+    const __m512bh b0 = (__m512bh)load(b + words * NC), b1 = (__m512bh)load(b + words * NC + VL);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      const __m512bh a = (__m512bh)_mm512_set1_epi32(rows[r][2 * words].bits);
+      acc[r][0] = (vf)_mm512_dpbf16_ps((__m512)acc[r][0], a, b0);
+      acc[r][1] = (vf)_mm512_dpbf16_ps((__m512)acc[r][1], a, b1);
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+    store(c + r * NC, acc[r][0]);
+    store(c + r * NC + VL, acc[r][1]);
+  }
+}
+#endif
+
+// Adds neighbouring lanes of a and b: [a0+a1, a2+a3, ..., b0+b1, ...].
+template <int... J>
+DYNCORE_INLINE vf add_neighbours(vf a, vf b, std::integer_sequence<int, J...>) {
+  return DYNCORE_SHUFFLE(a, b, (2 * J)...) + DYNCORE_SHUFFLE(a, b, (2 * J + 1)...);
+}
+
+// Lane j of the result is the sum of all lanes of v[j].
+DYNCORE_INLINE vf sum_each(vf (&v)[VL]) {
+#pragma GCC unroll 4
+  for (int width = VL / 2; width > 0; width /= 2) {
+#pragma GCC unroll 8
+    for (int j = 0; j < width; ++j)
+      v[j] = add_neighbours(v[2 * j], v[2 * j + 1], std::make_integer_sequence<int, VL>{});
+  }
+  return v[0];
+}
+
+#if defined(__AVX512F__)
+constexpr int DR = 4, DC = 4;  // rows and columns of the dot form's tile
+#else
+constexpr int DR = 2, DC = 4;
+#endif
+
+// c[r][j] = sum_k a[r][k] * b[j][k] for R rows and C columns.
+template <int R, int C, class T>
+inline __attribute__((noinline)) void dot_tile(const T* const* a, const T* const* b, int64_t depth, float* c) {
+  vf acc[R][C];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < C; ++j) acc[r][j] = vf{};
+  int64_t k = 0;
+#if defined(__AVX512BF16__)
+  if constexpr (sizeof(T) == 2) {
+    for (; k + 2 * VL <= depth; k += 2 * VL) {
+      __m512bh w[C];
+#pragma GCC unroll 4
+      for (int j = 0; j < C; ++j) w[j] = (__m512bh)_mm512_loadu_si512(b[j] + k);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const __m512bh x = (__m512bh)_mm512_loadu_si512(a[r] + k);
+#pragma GCC unroll 4
+        for (int j = 0; j < C; ++j) acc[r][j] = (vf)_mm512_dpbf16_ps((__m512)acc[r][j], x, w[j]);
+      }
+    }
+  }
+#endif
+  for (; k + VL <= depth; k += VL) {
+    vf w[C];
+#pragma GCC unroll 4
+    for (int j = 0; j < C; ++j) w[j] = load(b[j] + k);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const vf x = load(a[r] + k);
+#pragma GCC unroll 4
+      for (int j = 0; j < C; ++j) acc[r][j] += x * w[j];
+    }
+  }
+  constexpr int kGroups = (R * C + VL - 1) / VL;
+  float sums[kGroups * VL];
+#pragma GCC unroll 4
+  for (int g = 0; g < kGroups; ++g) {
+    vf part[VL];
+#pragma GCC unroll 16
+    for (int j = 0; j < VL; ++j) {
+      const int at = g * VL + j;
+      part[j] = at < R * C ? acc[at / C][at % C] : vf{};
+    }
+    store(sums + g * VL, sum_each(part));
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int j = 0; j < C; ++j) {
+      float total = sums[r * C + j];
+      for (int64_t rest = k; rest < depth; ++rest) total += to_float(a[r][rest]) * to_float(b[j][rest]);
+      c[r * NC + j] = total;
+    }
+  }
+}
+
+}  // namespace dyncore::DYNCORE_ISA

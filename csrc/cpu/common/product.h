@@ -1,0 +1,178 @@
+// The one product behind every grouped op: c[m][32] = rows[m][K] times a panel of 32 columns of the right operand.
+// The result is float, for an epilogue to finish.
+#pragma once
+#include "cpu/common/micro.h"
+
+namespace dyncore::DYNCORE_ISA {
+
+// Below this many rows packing costs more than it saves and the dot form reads the weights as they lie.
+constexpr int64_t kDotRows = 24;
+// Depth of a packed panel: 256 KB of float, a quarter of a common L2 cache. Partial sums of deeper products are also
+// more accurate than one long sum.
+constexpr int64_t KC = 2048;
+
+// Left operand: row r is data + (index ? index[r] : r) * stride, contiguous along k.
+template <class T>
+struct Left {
+  const T* data;
+  int64_t stride;
+  const int32_t* index;
+
+  const T* row(int64_t r) const { return data + (index ? index[r] : r) * stride; }
+};
+
+// Right operand: element (k, n) is data + (index ? index[k] : k) * stride_k + n * stride_n. One stride is 1; an index
+// goes with stride_n == 1.
+template <class T>
+struct Right {
+  const T* data;
+  int64_t stride_n, stride_k;
+  const int32_t* index;
+
+  Right from_column(int64_t n) const { return {data + n * stride_n, stride_n, stride_k, index}; }
+};
+
+// What a thread needs to compute products.
+struct PanelBuffers {
+  float* panel;  // [KC][32]
+  float* rows;   // [MR][KC], where bfloat16 rows are made float
+};
+
+template <class T>
+constexpr bool kWidenRows = sizeof(T) == 2 && !kDotBf16;
+
+template <class T>
+inline size_t panel_bytes(int64_t depth) {
+  const size_t k = depth < KC ? depth + 1 : KC;
+  return k * NC * sizeof(float);
+}
+
+template <class T>
+inline size_t rows_bytes(int64_t depth) {
+  return kWidenRows<T> ? (depth < KC ? depth : KC) * MR * sizeof(float) : 0;
+}
+
+template <int R>
+DYNCORE_INLINE void tile_dispatch(int rows, const float* const* a, const float* b, int64_t ldb, int64_t depth, float* c,
+                                  bool accumulate) {
+  if constexpr (R > 1) {
+    if (rows < R) return tile_dispatch<R - 1>(rows, a, b, ldb, depth, c, accumulate);
+  }
+  tile<R>(a, b, ldb, depth, c, accumulate);
+}
+
+#if defined(__AVX512BF16__)
+template <int R>
+DYNCORE_INLINE void tile_pairs_dispatch(int rows, const bf16* const* a, const float* b, int64_t depth, float* c,
+                                        bool accumulate) {
+  if constexpr (R > 1) {
+    if (rows < R) return tile_pairs_dispatch<R - 1>(rows, a, b, depth, c, accumulate);
+  }
+  tile_pairs<R>(a, b, depth, c, accumulate);
+}
+#endif
+
+template <class T>
+inline void pack(float* panel, Right<T> b, int64_t k0, int64_t depth, int n) {
+  const int32_t* index = b.index ? b.index + k0 : nullptr;
+  const T* data = b.index ? b.data : b.data + k0 * b.stride_k;
+  if constexpr (sizeof(T) == 2 && kDotBf16) {
+    if (b.stride_n == 1) return pack_rows_pairs(panel, data, b.stride_k, index, depth, n);
+    return pack_transposed_pairs(panel, data, b.stride_n, depth, n);
+  } else {
+    if (b.stride_n == 1) return pack_rows(panel, data, b.stride_k, index, depth, n);
+    return pack_transposed(panel, data, b.stride_n, depth, n);
+  }
+}
+
+// One packed panel of `depth` (or, for float, rows of b read in place, ldb apart) against all m rows.
+template <class T>
+inline void multiply_panel(float* c, Left<T> a, int64_t m, int64_t k0, int64_t depth, const float* b, int64_t ldb,
+                           float* widened, bool accumulate) {
+  const int64_t tiles = (m + MR - 1) / MR;
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t r0 = m * t / tiles;
+    const int rows = static_cast<int>(m * (t + 1) / tiles - r0);
+    const T* at[MR];
+    for (int r = 0; r < rows; ++r) at[r] = a.row(r0 + r) + k0;
+    float* out = c + r0 * NC;
+    if constexpr (sizeof(T) == 4) {
+      tile_dispatch<MR>(rows, at, b, ldb, depth, out, accumulate);
+    } else if constexpr (kWidenRows<T>) {
+      const float* wide[MR];
+      for (int r = 0; r < rows; ++r) {
+        float* to = widened + r * depth;
+        int64_t k = 0;
+        for (; k + VL <= depth; k += VL) store(to + k, load(at[r] + k));
+        for (; k < depth; ++k) to[k] = to_float(at[r][k]);
+        wide[r] = to;
+      }
+      tile_dispatch<MR>(rows, wide, b, ldb, depth, out, accumulate);
+    } else {
+#if defined(__AVX512BF16__)
+      tile_pairs_dispatch<MR>(rows, at, b, depth, out, accumulate);
+#endif
+    }
+  }
+}
+
+template <int C, class T>
+inline void dot_columns(float* c, Left<T> a, int64_t m, int64_t depth, const T* const* columns) {
+  for (int64_t r = 0; r < m; r += DR) {
+    const int rows = static_cast<int>(m - r < DR ? m - r : DR);
+    const T* at[DR];
+    for (int i = 0; i < rows; ++i) at[i] = a.row(r + i);
+    float* out = c + r * NC;
+    switch (rows) {
+      case 1:
+        dot_tile<1, C>(at, columns, depth, out);
+        break;
+      case 2:
+        dot_tile<2, C>(at, columns, depth, out);
+        break;
+      case 3:
+        if constexpr (DR >= 3) dot_tile<3, C>(at, columns, depth, out);
+        break;
+      default:
+        if constexpr (DR >= 4) dot_tile<4, C>(at, columns, depth, out);
+    }
+  }
+}
+
+template <class T>
+inline void dot_product(float* c, Left<T> a, int64_t m, int64_t depth, Right<T> b, int n) {
+  for (int64_t r = 0; n < NC && r < m; ++r)
+    for (int j = n; j < NC; ++j) c[r * NC + j] = 0.0f;
+  for (int j = 0; j < n; j += DC) {
+    const T* columns[DC];
+    const int have = n - j < DC ? n - j : DC;
+    for (int i = 0; i < have; ++i) columns[i] = b.data + (j + i) * b.stride_n;
+    if (have == DC) {
+      dot_columns<DC>(c + j, a, m, depth, columns);
+    } else {
+      for (int i = 0; i < have; ++i) dot_columns<1>(c + j + i, a, m, depth, columns + i);
+    }
+  }
+}
+
+// c[m][32] = a[m][depth] b[depth][n], columns from n on 0. c must have room for m rows of 32.
+template <class T>
+inline void product(float* c, Left<T> a, int64_t m, int64_t depth, Right<T> b, int n, const PanelBuffers& buffers) {
+  if (m == 0) return;
+  if (depth == 0) {
+    std::memset(c, 0, m * NC * sizeof(float));
+    return;
+  }
+  if (b.stride_k == 1 && !b.index && (m < kDotRows)) return dot_product(c, a, m, depth, b, n);
+  if constexpr (sizeof(T) == 4) {
+    if (b.stride_n == 1 && !b.index && n == NC && m <= MR)
+      return multiply_panel(c, a, m, 0, depth, b.data, b.stride_k, buffers.rows, false);
+  }
+  for (int64_t k0 = 0; k0 < depth; k0 += KC) {
+    const int64_t block = depth - k0 < KC ? depth - k0 : KC;
+    pack(buffers.panel, b, k0, block, n);
+    multiply_panel(c, a, m, k0, block, buffers.panel, NC, buffers.rows, k0 > 0);
+  }
+}
+
+}  // namespace dyncore::DYNCORE_ISA

@@ -1,0 +1,216 @@
+// Backward of grouped_mlp. With dv[a] = W_out^T dout[row], u = act(pre):
+//   dscale[a] = <dv, u> + <dout[row], b_out>,  dpre = scale dv act'(pre),  dx = combined dpre W_in,
+//   dW_in = dpre^T x,  dW_out = (scale dout)^T u.
+// Stage 1, by (panel, group): dv and its epilogue, which leaves dpre (rows and transposed) and u; and scale dout
+// transposed. Stage 2: dx by panels of H for all groups, the weight gradients by (panel, group).
+#include "cpu/common/activations.h"
+#include "cpu/common/backward.h"
+
+namespace dyncore::DYNCORE_ISA {
+
+namespace {
+
+template <class T>
+struct Backward {
+  const GroupedMlpBackward& op;
+  bool gated, need_pre, need_u;
+  int64_t width;         // of pre: I or 2I
+  int64_t slots_stride;  // of the transposed workspaces
+  int64_t pre_stride, hidden_stride;
+  T* dpre;          // [A, pre_stride], for dx
+  T* dpre_t;        // [width, slots_stride], for dW_in
+  T* hidden;        // [A, hidden_stride], for dW_out
+  T* dy_t;          // [H, slots_stride], for dW_out
+  float* partials;  // [panels of I, A], for dscale
+  TeamScratch scratch;
+  Counter stage1, dy_items, dx_items, dw_in_items, dw_out_items;
+
+  Left<T> grad(int64_t first) const {
+    return {static_cast<const T*>(op.grad.data), op.grad.stride, op.plan.rows + first};
+  }
+};
+
+// Turns dv (in `gate`) into the gradient of the gate's or only half (in `gate`) and of the up half (in `up`).
+template <Activation A, class T>
+void finish_hidden(const Backward<T>& b, int64_t g, int64_t panel, int n, float* gate, float* up) {
+  const GroupedMlpBackward& op = b.op;
+  const int64_t first = op.plan.offsets[g], m = op.plan.offsets[g + 1] - first, n0 = panel * NC;
+  const T* pre = static_cast<const T*>(op.pre.data) + first * op.pre.stride + n0;
+  for (int64_t r = 0; r < m; ++r, pre += op.pre.stride) {
+    const int64_t a = first + r;
+    const float scale = op.plan.scale ? op.plan.scale[a] : 1.0f;
+    const Row dv = load_row(gate + r * NC, NC), h = load_row(pre, n);
+    const Row v = up ? load_row(pre + op.i, n) : zero_row();
+    Row u, dgate, dup;
+    vf products = {};
+    for (int j = 0; j < NV; ++j) {
+      const ValueAndDerivative act = evaluate<A>(h.v[j]);
+      const vf du = scale * dv.v[j];
+      u.v[j] = up ? act.value * v.v[j] : act.value;
+      dgate.v[j] = up ? du * v.v[j] * act.derivative : du * act.derivative;
+      dup.v[j] = du * act.value;
+      products += dv.v[j] * u.v[j];
+    }
+    store_row(gate + r * NC, dgate, NC);
+    if (up) store_row(up + r * NC, dup, NC);
+    if (b.dpre) {
+      store_row(b.dpre + a * b.pre_stride + n0, dgate, n);
+      if (up) store_row(b.dpre + a * b.pre_stride + op.i + n0, dup, n);
+    }
+    if (b.hidden) store_row(b.hidden + a * b.hidden_stride + n0, u, n);
+    if (b.partials) b.partials[panel * op.plan.live() + a] = sum(products);
+  }
+}
+
+template <class T>
+void store_half(const Backward<T>& b, int64_t g, int64_t column, int n, const float* tile) {
+  const int64_t first = b.op.plan.offsets[g], m = b.op.plan.offsets[g + 1] - first;
+  if (b.dpre_t) store_transposed(b.dpre_t + column * b.slots_stride + first, b.slots_stride, tile, m, n);
+  if (b.op.db_in) store_column_sums(static_cast<T*>(b.op.db_in) + g * b.width + column, tile, m, n);
+}
+
+template <class T>
+void hidden_panel(const Backward<T>& b, int64_t panel, int64_t g, int thread) {
+  const GroupedMlpBackward& op = b.op;
+  const int64_t first = op.plan.offsets[g], m = op.plan.offsets[g + 1] - first, n0 = panel * NC;
+  const int n = panel_width(op.i, n0);
+  float* gate = b.scratch.results(thread);
+  float* up = b.gated ? gate + m * NC : nullptr;
+  if (m > 0) {
+    const Right<T> w = weight_of_group<T>(op.w_out, g, true).from_column(n0);
+    product(gate, b.grad(first), m, op.h, w, n, b.scratch.buffers(thread));
+    with_activation(op.activation, [&](auto a) { finish_hidden<decltype(a)::value>(b, g, panel, n, gate, up); });
+  }
+  store_half(b, g, n0, n, gate);
+  if (up) store_half(b, g, op.i + n0, n, up);
+}
+
+// dy = scale dout, transposed, and the gradient of b_out.
+template <class T>
+void dy_panel(const Backward<T>& b, int64_t panel, int64_t g, int thread) {
+  const GroupedMlpBackward& op = b.op;
+  const int64_t first = op.plan.offsets[g], m = op.plan.offsets[g + 1] - first, n0 = panel * NC;
+  const int n = panel_width(op.h, n0);
+  float* tile = b.scratch.results(thread);
+  const Left<T> grad = b.grad(first);
+  for (int64_t r = 0; r < m; ++r) {
+    Row row = load_row(grad.row(r) + n0, n);
+    const float scale = op.plan.scale ? op.plan.scale[first + r] : 1.0f;
+    for (int j = 0; j < NV; ++j) row.v[j] *= scale;
+    store_row(tile + r * NC, row, NC);
+  }
+  if (b.dy_t) store_transposed(b.dy_t + n0 * b.slots_stride + first, b.slots_stride, tile, m, n);
+  if (op.db_out) store_column_sums(static_cast<T*>(op.db_out) + g * op.h + n0, tile, m, n);
+}
+
+template <class T>
+void dx_panel(const Backward<T>& b, int64_t panel, int thread) {
+  const GroupedMlpBackward& op = b.op;
+  const int64_t n0 = panel * NC;
+  const int n = panel_width(op.h, n0);
+  float* dslots = b.scratch.results(thread);
+  for (int64_t g = 0; g < op.plan.groups; ++g) {
+    const int64_t first = op.plan.offsets[g], m = op.plan.offsets[g + 1] - first;
+    if (m == 0) continue;
+    const Left<T> dpre{b.dpre + first * b.pre_stride, b.pre_stride, nullptr};
+    const Right<T> w = weight_of_group<T>(op.w_in, g, true).from_column(n0);
+    product(dslots + first * NC, dpre, m, b.width, w, n, b.scratch.buffers(thread));
+  }
+  combine_panel(op.plan, dslots, nullptr, Matrix{nullptr, 0}, static_cast<T*>(op.dx), op.h, n0, n);
+}
+
+template <class T>
+void weight_panels(Backward<T>& b, const Team& team) {
+  const GroupedMlpBackward& op = b.op;
+  const int64_t groups = op.plan.groups;
+  const PanelBuffers buffers = b.scratch.buffers(team.index);
+  float* results = b.scratch.results(team.index);
+  if (op.dw_in) {
+    for (int64_t item; (item = b.dw_in_items.next()) < groups * panels_of(op.h);) {
+      const int64_t g = item / panels_of(op.h), k0 = item % panels_of(op.h) * NC, first = op.plan.offsets[g];
+      const Right<T> x{static_cast<const T*>(op.x.data), 1, op.x.stride, op.plan.rows + first};
+      weight_gradient_panel(static_cast<T*>(op.dw_in) + g * b.width * op.h, b.width, op.h, b.dpre_t + first,
+                            b.slots_stride, x, op.plan.offsets[g + 1] - first, k0, buffers, results);
+    }
+  }
+  if (op.dw_out) {
+    for (int64_t item; (item = b.dw_out_items.next()) < groups * panels_of(op.i);) {
+      const int64_t g = item / panels_of(op.i), k0 = item % panels_of(op.i) * NC, first = op.plan.offsets[g];
+      const Right<T> u{b.hidden + first * b.hidden_stride, 1, b.hidden_stride, nullptr};
+      weight_gradient_panel(static_cast<T*>(op.dw_out) + g * op.h * op.i, op.h, op.i, b.dy_t + first, b.slots_stride, u,
+                            op.plan.offsets[g + 1] - first, k0, buffers, results);
+    }
+  }
+}
+
+template <class T>
+void body(void* context, const Team& team) {
+  Backward<T>& b = *static_cast<Backward<T>*>(context);
+  const GroupedMlpBackward& op = b.op;
+  const int64_t groups = op.plan.groups;
+  if (b.need_pre || b.need_u || b.partials)
+    for (int64_t item; (item = b.stage1.next()) < panels_of(op.i) * groups;)
+      hidden_panel(b, item / groups, item % groups, team.index);
+  if (b.dy_t || op.db_out)
+    for (int64_t item; (item = b.dy_items.next()) < panels_of(op.h) * groups;)
+      dy_panel(b, item / groups, item % groups, team.index);
+  team.barrier();
+  if (op.dscale) {
+    // Rows by absolute slot: the plan's own list from slot 0.
+    finish_dscale(op.plan, op.dscale, b.partials, panels_of(op.i), b.grad(0), op.b_out, op.h, team);
+  }
+  if (op.dx) {
+    fill_empty_rows(op.plan, Matrix{nullptr, 0}, static_cast<T*>(op.dx), op.h, op.h, team);
+    for (int64_t panel; (panel = b.dx_items.next()) < panels_of(op.h);) dx_panel(b, panel, team.index);
+  }
+  weight_panels(b, team);
+}
+
+int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
+
+template <class T>
+void run(const GroupedMlpBackward& op) {
+  Backward<T> b{op, is_gated(op.activation), false, false, 0, 0, 0, 0, nullptr, nullptr, nullptr, nullptr, nullptr,
+                {}, {},  {},    {},    {}, {}};
+  const int64_t live = op.plan.live();
+  b.width = b.gated ? 2 * op.i : op.i;
+  b.need_pre = op.dx || op.dw_in || op.db_in;
+  b.need_u = op.dw_out;
+  b.slots_stride = workspace_stride(live);
+  b.pre_stride = workspace_stride(b.width);
+  b.hidden_stride = workspace_stride(op.i);
+  const size_t dpre_bytes = op.dx ? live * b.pre_stride * sizeof(T) : 0;
+  const size_t dpre_t_bytes = op.dw_in ? b.width * b.slots_stride * sizeof(T) : 0;
+  const size_t hidden_bytes = op.dw_out ? live * b.hidden_stride * sizeof(T) : 0;
+  const size_t dy_t_bytes = op.dw_out ? op.h * b.slots_stride * sizeof(T) : 0;
+  const size_t partial_bytes = op.dscale ? panels_of(op.i) * live * sizeof(float) : 0;
+
+  const double products = double(b.width + 2 * op.i + b.width) * op.h;  // an estimate: all gradients needed
+  const int threads = useful_threads(op.threads, 2.0 * live * products,
+                                     sizeof(T) * (double(op.plan.groups) * products + double(op.plan.num_rows) * op.h));
+  const int64_t group = largest_group(op.plan);
+  int64_t results = b.gated ? 2 * group : group;
+  if (op.dx) results = largest(results, live);
+  if (op.dw_in) results = largest(results, b.width);
+  if (op.dw_out) results = largest(results, op.h);
+  b.scratch = TeamScratch::plan<T>(threads, largest(largest(op.h, b.width), group), results);
+
+  Scratch scratch(rounded_bytes(dpre_bytes) + rounded_bytes(dpre_t_bytes) + rounded_bytes(hidden_bytes) +
+                  rounded_bytes(dy_t_bytes) + rounded_bytes(partial_bytes) + rounded_bytes(b.scratch.bytes()));
+  const auto take = [&](size_t bytes) { return bytes ? scratch.take(bytes) : nullptr; };
+  b.dpre = static_cast<T*>(take(dpre_bytes));
+  b.dpre_t = static_cast<T*>(take(dpre_t_bytes));
+  b.hidden = static_cast<T*>(take(hidden_bytes));
+  b.dy_t = static_cast<T*>(take(dy_t_bytes));
+  b.partials = static_cast<float*>(take(partial_bytes));
+  b.scratch.place(scratch.take(b.scratch.bytes()));
+  parallel(threads, body<T>, &b);
+}
+
+}  // namespace
+
+void grouped_mlp_backward(const GroupedMlpBackward& op) {
+  op.dtype == Dtype::float32 ? run<float>(op) : run<bf16>(op);
+}
+
+}  // namespace dyncore::DYNCORE_ISA

@@ -1,0 +1,137 @@
+// The CPU kernels as the bindings see them: arguments are raw pointers, sizes and strides (in elements), and one table
+// of functions exists per instruction set. Letters: T rows, A slots, G groups, H model width, I hidden width, N outputs.
+#pragma once
+#include <cstdint>
+
+namespace dyncore {
+
+enum class Dtype : int { float32 = 0, bfloat16 = 1 };
+
+enum class Activation : int { none, relu, relu2, gelu, gelu_tanh, silu, swiglu, geglu, reglu };
+
+inline bool is_gated(Activation a) {
+  return a == Activation::swiglu || a == Activation::geglu || a == Activation::reglu;
+}
+
+struct Plan {
+  const int32_t* rows;         // [A]
+  const int32_t* offsets;      // [G+1]
+  const float* scale;          // [A] or null
+  const int32_t* row_offsets;  // [T+1]
+  const int32_t* row_slots;    // [A]
+  int64_t capacity;            // A, padding included
+  int64_t groups;              // G
+  int64_t num_rows;            // T
+
+  int64_t live() const { return offsets[groups]; }
+};
+
+struct Matrix {
+  void* data;  // null where absent
+  int64_t stride;
+};
+
+// [G, N, K]; one of the two inner strides is 1.
+struct Weight {
+  const void* data;
+  int64_t stride_g, stride_n, stride_k;
+};
+
+struct GatherRows {
+  Plan plan;
+  Matrix x, out;
+  int64_t width;
+  int element_bytes;
+  int threads;
+};
+
+struct ScatterRows {
+  Plan plan;
+  Dtype dtype;
+  Matrix y, base, out;
+  int64_t width;
+  int threads;
+};
+
+struct ScatterRowsBackward {
+  Plan plan;
+  Dtype dtype;
+  Matrix grad, y;
+  void* dy;       // [A, D] or null
+  float* dscale;  // [A] or null
+  int64_t width;
+  int threads;
+};
+
+struct GroupedLinear {
+  Plan plan;
+  Dtype dtype;
+  Activation activation;
+  bool gather, scatter;
+  int64_t n, k;
+  Matrix x;
+  Weight weight;
+  Matrix bias;
+  void* out;  // [T, N] or [A, N]
+  void* pre;  // [A, N] or null
+  int threads;
+};
+
+struct GroupedLinearBackward {
+  Plan plan;
+  Dtype dtype;
+  Activation activation;
+  bool gather, scatter;
+  int64_t n, k;
+  Matrix grad, x;
+  Weight weight;
+  Matrix bias, pre;
+  void* dx;       // [T, K] or [A, K], or null
+  void* dweight;  // [G, N, K] or null
+  void* dbias;    // [G, N] or null
+  float* dscale;  // [A] or null
+  int threads;
+};
+
+struct GroupedMlp {
+  Plan plan;
+  Dtype dtype;
+  Activation activation;
+  int64_t h, i;
+  Matrix x;
+  Weight w_in, w_out;
+  Matrix b_in, b_out, residual;
+  void* out;  // [T, H]
+  void* pre;  // [A, I or 2I] or null
+  int threads;
+};
+
+struct GroupedMlpBackward {
+  Plan plan;
+  Dtype dtype;
+  Activation activation;
+  int64_t h, i;
+  Matrix grad, x;
+  Weight w_in, w_out;
+  Matrix b_out, pre;
+  void* dx;      // [T, H] or null
+  void* dw_in;   // [G, I or 2I, H] or null
+  void* dw_out;  // [G, H, I] or null
+  void* db_in;   // [G, I or 2I] or null
+  void* db_out;  // [G, H] or null
+  float* dscale;  // [A] or null
+  int threads;
+};
+
+// Every function writes its outputs completely and expects a plan that passed check_plan (csrc/cpu/plan.h).
+struct Kernels {
+  void (*gather_rows)(const GatherRows&);
+  void (*scatter_rows)(const ScatterRows&);
+  void (*scatter_rows_backward)(const ScatterRowsBackward&);
+  void (*grouped_linear)(const GroupedLinear&);
+  void (*grouped_linear_backward)(const GroupedLinearBackward&);
+  void (*grouped_mlp)(const GroupedMlp&);
+  void (*grouped_mlp_backward)(const GroupedMlpBackward&);
+};
+
+}  // namespace dyncore

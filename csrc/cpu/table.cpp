@@ -1,0 +1,23 @@
+// The kernels of one instruction set, as a table for csrc/common/isa.cpp to choose from.
+#include "cpu/kernels.h"
+
+namespace dyncore::DYNCORE_ISA {
+
+void gather_rows(const GatherRows&);
+void scatter_rows(const ScatterRows&);
+void scatter_rows_backward(const ScatterRowsBackward&);
+void grouped_linear(const GroupedLinear&);
+void grouped_linear_backward(const GroupedLinearBackward&);
+void grouped_mlp(const GroupedMlp&);
+void grouped_mlp_backward(const GroupedMlpBackward&);
+
+const Kernels& table();
+const Kernels& table() {
+  static const Kernels kernels{gather_rows,    scatter_rows,
+                               scatter_rows_backward, grouped_linear,
+                               grouped_linear_backward, grouped_mlp,
+                               grouped_mlp_backward};
+  return kernels;
+}
+
+}  // namespace dyncore::DYNCORE_ISA
