@@ -97,7 +97,8 @@ def plan_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, seq = scores.shape
     best = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
     rows = (best + seq * torch.arange(batch, device=scores.device)[:, None]).reshape(-1).int()
-    offsets = torch.tensor([0, batch * k], dtype=torch.int32, device=scores.device)
+    # made on the device: torch.tensor would copy from the host, and wait for it
+    offsets = torch.arange(2, dtype=torch.int32, device=scores.device) * (batch * k)
     return rows, offsets, *plan_inverse(rows, offsets, batch * seq)
 
 
