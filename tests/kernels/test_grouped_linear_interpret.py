@@ -33,9 +33,10 @@ def tensors(plan: dc.Plan) -> tuple:
 
 
 def problem(plan, gather=True, dtype=torch.float32, k=63, n=100):
-    count = plan.num_rows if gather else plan.num_slots
-    groups = plan.num_groups
-    return tuple(torch.randn(s).to(dtype) for s in ((count, k), (groups, n, k), (groups, n)))
+    """x, weight and bias; pre-activations have unit scale, where activations differ most."""
+    x = torch.randn(plan.num_rows if gather else plan.num_slots, k)
+    weight = torch.randn(plan.num_groups, n, k) * max(k, 1) ** -0.5
+    return tuple(t.to(dtype) for t in (x, weight, torch.randn(plan.num_groups, n)))
 
 
 def check(x, weight, bias, plan, activation="none", gather=True, scatter=True):
