@@ -19,6 +19,6 @@ def live_slots(rows: Tensor, offsets: Tensor) -> int:
 _attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 if _attention not in flop_registry:
-    register_flop_formula(_attention)(sdpa_flop)
+    register_flop_formula(_attention, get_raw=True)(sdpa_flop)
 if _attention_backward not in flop_registry:
-    register_flop_formula(_attention_backward)(sdpa_backward_flop)
+    register_flop_formula(_attention_backward, get_raw=True)(sdpa_backward_flop)

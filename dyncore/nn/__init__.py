@@ -1,0 +1,32 @@
+"""Dynamic layers: drop-in modules that skip what their gate or router says, with gradients through the skip."""
+
+from dyncore.nn import attention, experts, gates, losses
+from dyncore.nn.attention import Attention, TransformerBlock
+from dyncore.nn.base import Decision, DynamicLayer, collect_costs, collect_losses
+from dyncore.nn.gates import GumbelGate, StraightThroughGate, ThresholdGate, TopKGate
+from dyncore.nn.mlp import MLP
+from dyncore.nn.moe import MoE
+from dyncore.nn.skip import Skip
+from dyncore.nn.tokens import MixtureOfDepths, TokenSkip
+
+__all__ = [
+    "MLP",
+    "Attention",
+    "Decision",
+    "DynamicLayer",
+    "GumbelGate",
+    "MixtureOfDepths",
+    "MoE",
+    "Skip",
+    "StraightThroughGate",
+    "ThresholdGate",
+    "TokenSkip",
+    "TopKGate",
+    "TransformerBlock",
+    "attention",
+    "collect_costs",
+    "collect_losses",
+    "experts",
+    "gates",
+    "losses",
+]

@@ -1,0 +1,143 @@
+"""Attention by position: what a block needs so that tokens may be left out of a sequence and keep their places.
+
+The token protocol, which `TokenSkip` and `MixtureOfDepths` speak and `Attention` and `TransformerBlock` understand:
+block(x, positions=, live=, context=) with
+
+    x          [B, N, D]  tokens of each sequence, in ascending order of position
+    positions  [B, N]     int, the place of each in its sequence; None for 0..N-1
+    live       [B, N]     bool: a token that is not live is filling: nothing attends to it, its result is not used;
+                          None: all are live
+    context    [B, S, D]  attend to these tokens, whose positions are 0..S-1, rather than to x; None for x
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dyncore.nn.mlp import MLP
+
+
+def rotate(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
+    """Rotary position embedding (RoFormer, Su 2021) of x [B, heads, N, d] at integer positions [B, N] (or [1, N]).
+
+    The first half of the head's width is paired with the second (the Llama layout).
+    """
+    half = x.shape[-1] // 2
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rate = base ** (torch.arange(half, device=x.device, dtype=wide) / -half)
+    angle = positions[:, None, :, None].to(wide) * rate
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention on tokens that carry their positions, by torch's scaled_dot_product_attention.
+
+    Args:
+        dim: D; num_heads: divides D, into an even head width where `rotary`.
+        causal: a token attends to positions up to its own.
+        rotary: rotate queries and keys by their positions; without it positions serve the causal mask alone.
+
+    Takes the token protocol of this module and returns [B, N, D]. Raises ValueError on sizes that do not divide.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        causal: bool = True,
+        rotary: bool = True,
+        rotary_base: float = 10000.0,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads: expected a divisor of dim={dim}, got {num_heads}")
+        if rotary and dim // num_heads % 2:
+            raise ValueError(f"num_heads: expected an even head width for rotary, got {dim // num_heads}")
+        self.num_heads, self.causal, self.rotary, self.rotary_base = num_heads, causal, rotary, rotary_base
+        self.q = nn.Linear(dim, dim, bias=bias)
+        self.kv = nn.Linear(dim, 2 * dim, bias=bias)
+        self.out = nn.Linear(dim, dim, bias=bias)
+
+    def forward(
+        self, x: Tensor, positions: Tensor | None = None, live: Tensor | None = None, context: Tensor | None = None
+    ) -> Tensor:
+        mask, is_causal = self._mask(x, positions, live, context)
+        q = self._heads(self.q(x))
+        k, v = (self._heads(t) for t in self.kv(x if context is None else context).chunk(2, dim=-1))
+        if self.rotary:
+            q = rotate(q, _places(x) if positions is None else positions, self.rotary_base)
+            k = rotate(k, _places(k[:, 0]) if positions is None or context is not None else positions, self.rotary_base)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+    def _heads(self, t: Tensor) -> Tensor:
+        return t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def _mask(
+        self, x: Tensor, positions: Tensor | None, live: Tensor | None, context: Tensor | None
+    ) -> tuple[Tensor | None, bool]:
+        """(bool [B, 1, N, keys] of what may be attended to or None for all, whether causality alone says it)."""
+        places = _places(x) if positions is None else positions
+        if context is not None:
+            allowed = _places(context)[:, None, :] <= places[:, :, None]
+            return (allowed[:, None], False) if self.causal else (None, False)
+        if live is None:  # ascending positions: causal by place is causal by index
+            return None, self.causal
+        allowed = live[:, None, :]
+        if self.causal:
+            allowed = allowed & (places[:, None, :] <= places[:, :, None])
+        return (allowed | ~live[:, :, None])[:, None], False  # filling attends to anything, so that no row is empty
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, causal={self.causal}, rotary={self.rotary}"
+
+
+def _places(x: Tensor) -> Tensor:
+    """[1, N]: the positions of tokens none of which was left out."""
+    return torch.arange(x.shape[1], device=x.device)[None]
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm block: h = x + attention(norm(x)); h + mlp(norm(h)), on tokens that carry their positions.
+
+    Args:
+        dim, num_heads, causal, rotary: as in `Attention`.
+        hidden_dim: width of the MLP, 4 * dim if None.
+        activation, bias: of the MLP, as in `MLP`.
+        mlp: any module on [B, N, D] instead, such as a `MoE`.
+
+    Takes the token protocol of this module; a context is normalised as x is.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        hidden_dim: int | None = None,
+        *,
+        causal: bool = True,
+        rotary: bool = True,
+        activation: str = "gelu",
+        bias: bool = True,
+        mlp: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim = dim
+        self.norm_attention = nn.LayerNorm(dim)
+        self.attention = Attention(dim, num_heads, causal=causal, rotary=rotary)
+        self.norm_mlp = nn.LayerNorm(dim)
+        self.mlp = mlp or MLP(dim, hidden_dim or 4 * dim, activation=activation, bias=bias)
+
+    def forward(
+        self, x: Tensor, positions: Tensor | None = None, live: Tensor | None = None, context: Tensor | None = None
+    ) -> Tensor:
+        if context is not None:
+            context = self.norm_attention(context)
+        h = x + self.attention(self.norm_attention(x), positions, live, context)
+        return h + self.mlp(self.norm_mlp(h))

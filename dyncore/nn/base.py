@@ -1,0 +1,177 @@
+"""What every dynamic layer shares: a gate's decision, the record of what was executed, and the merge of live rows.
+
+Floor 4: layers stand on plans and ops. A layer asks its gate which rows are live, computes those rows alone and puts
+them back; in "masked" execution it computes every row and multiplies by 0 or 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dyncore.execution import mode
+from dyncore.ops import scatter_rows
+from dyncore.plan import Plan, select, select_topk
+
+RETURNS = ("output", "update")
+
+
+class Decision(NamedTuple):
+    """What a gate decides.
+
+    Attributes:
+        mask: bool [...], the leading dimensions of x: which rows are live.
+        scale: float [...] or None: multiplies the change a live row receives. Its value on rows that are not live is
+            not used; its gradient there carries the cost (see `DynamicLayer.last_cost`).
+        count: how many rows are live in every sequence (the mask's last dimension), where it is the same number in
+            each and known on the host, as with top-k: buffers are then exact on every device and under torch.compile.
+    """
+
+    mask: Tensor
+    scale: Tensor | None = None
+    count: int | None = None
+
+
+Gating = Callable[[Tensor], Any]  # a gate: x -> Decision, (mask, scale) or mask
+
+
+def decide(gate: Gating, x: Tensor) -> Decision:
+    """The gate's decision on `x`, checked: TypeError or ValueError on a mask or scale that does not fit x."""
+    result = gate(x)
+    decision = Decision(result) if isinstance(result, Tensor) else Decision(*result)
+    mask, scale = decision.mask, decision.scale
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"gate: expected a bool mask, got {got}")
+    if not 1 <= mask.dim() <= x.dim() or x.shape[: mask.dim()] != mask.shape:
+        raise ValueError(
+            f"gate: expected a mask whose shape begins the shape of x, {list(x.shape)}, got {list(mask.shape)}"
+        )
+    if scale is not None and scale.shape != mask.shape:
+        raise ValueError(f"gate: expected a scale of the mask's shape {list(mask.shape)}, got {list(scale.shape)}")
+    return decision
+
+
+def plan_of(decision: Decision) -> Plan:
+    """The plan of a decision; row = flat index into its mask."""
+    mask, scale, count = decision
+    if count is None:
+        return select(mask, scale)
+    return first_live(mask, count, scale)
+
+
+def first_live(mask: Tensor, count: int, scale: Tensor | None = None) -> Plan:
+    """A plan of `count` rows of each sequence of mask [..., S]: the live ones, and fillings where these are fewer."""
+    sequences = (math.prod(mask.shape[:-1]), mask.shape[-1])
+    scale = None if scale is None else scale.reshape(sequences)
+    return select_topk(mask.reshape(sequences).to(torch.float32), count, scale)
+
+
+def executed(mask: Tensor, scale: Tensor | None) -> Tensor:
+    """Cost of each row, float of the mask's shape: 1 where live, 0 elsewhere, with the gradient of `scale`."""
+    cost = mask.to(torch.float32 if scale is None else scale.dtype)
+    return cost if scale is None else cost + (scale - scale.detach())
+
+
+def live_rows(plan: Plan) -> Tensor:
+    """bool [T]: the rows that have a slot."""
+    return plan.row_offsets[1:] > plan.row_offsets[:-1]
+
+
+def everything(plan: Plan) -> bool:
+    """Whether the host knows that every row of a one-group plan is live, so that nothing needs to be moved."""
+    return mode() == "auto" and plan.exact and plan.num_slots == plan.num_rows
+
+
+def linked(y: Tensor, module: nn.Module) -> Tensor:
+    """`y`, which the module did not have to compute, tied to the module's parameters by zero gradients."""
+    if not torch.is_grad_enabled():
+        return y
+    for p in module.parameters():
+        if p.requires_grad:
+            y = y + p.reshape(-1)[:0].sum().to(y.dtype)
+    return y
+
+
+def expect_like(name: str, y: object, x: Tensor) -> Tensor:
+    """`y` as a tensor of x's shape, in x's dtype."""
+    if not isinstance(y, Tensor):
+        raise TypeError(f"{name}: expected a module that returns a Tensor, got {type(y).__name__}")
+    if y.shape != x.shape:
+        raise ValueError(
+            f"{name}: expected an output of the shape of its input, {list(x.shape)}, got {list(y.shape)}"
+        )
+    return y.to(x.dtype)
+
+
+def expect_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+    return str(value)
+
+
+def changed(x: Tensor, y: Tensor, scale: Tensor | None, returns: str) -> Tensor:
+    """Rows x [R, D] moved by scale [R] towards an "output" y, or by an "update" y; at scale 1 exactly y, or x + y."""
+    if scale is None:
+        return y if returns == "output" else x + y
+    scale = scale[:, None].to(torch.promote_types(x.dtype, torch.float32))
+    wide_x, wide_y = x.to(scale.dtype), y.to(scale.dtype)
+    out = torch.lerp(wide_x, wide_y, scale) if returns == "output" else wide_x + scale * wide_y
+    return out.to(x.dtype)
+
+
+def merge(x: Tensor, live: Tensor, y: Tensor, plan: Plan, mask: Tensor, returns: str) -> Tensor:
+    """x [T, D] with the rows of `mask` [T] changed by y [A, D], computed from `live` [A, D]; the others exactly x."""
+    out = scatter_rows(changed(live, y, plan.scale, returns), dataclasses.replace(plan, scale=None))
+    return torch.where(mask[:, None], out, x)
+
+
+class DynamicLayer(nn.Module):
+    """Base of the layers that skip.
+
+    Attributes:
+        last_plan: the Plan of the latest forward (None before it).
+        last_cost: float, the executed cost of each row in the latest forward, as a share of computing that row in full;
+            its mean is the share of slots executed. Differentiable to the gate wherever the gate gives a scale.
+
+    Both belong to the latest forward only: they are not saved, copied or pickled.
+    """
+
+    last_plan: Plan | None = None
+    last_cost: Tensor | None = None
+    _transient: tuple[str, ...] = ("last_plan", "last_cost")
+
+    def _record(self, plan: Plan, cost: Tensor) -> None:
+        self.last_plan = plan
+        self.last_cost = cost
+
+    def losses(self) -> dict[str, Tensor]:
+        """Auxiliary losses of the latest forward, unweighted scalars by name."""
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in self._transient}
+
+
+def collect_losses(model: nn.Module) -> dict[str, Tensor]:
+    """The auxiliary losses of every dynamic layer in `model`, as "layer.loss": scalar."""
+    return {
+        f"{name}.{loss}" if name else loss: value
+        for name, layer in model.named_modules()
+        if isinstance(layer, DynamicLayer)
+        for loss, value in layer.losses().items()
+    }
+
+
+def collect_costs(model: nn.Module) -> dict[str, Tensor]:
+    """The executed cost per row of every dynamic layer in `model` that has run, as "layer": tensor."""
+    return {
+        name: layer.last_cost
+        for name, layer in model.named_modules()
+        if isinstance(layer, DynamicLayer) and layer.last_cost is not None
+    }

@@ -1,0 +1,235 @@
+"""Gates: which rows are computed, and by how much they count.
+
+A gate is any callable that maps x [..., D] to a bool mask over leading dimensions of x ([...] for tokens, [B] for
+samples), to (mask, scale), or to a `Decision`. So one's own takes a few lines:
+
+    class LargeNorm(nn.Module):
+        def forward(self, x):
+            return x.norm(dim=-1) > 1.0
+
+The gates here score each row by a learned logit. Thresholds and temperatures are buffers: `gate.threshold = 0.3` moves
+one at run time, so that one trained model traces its whole curve of accuracy against compute, without retracing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dyncore.nn.base import Decision, expect_choice, live_rows
+from dyncore.plan import select_topk
+
+WEIGHTS = ("hard", "soft", "none")
+
+
+def pool_spatial(x: Tensor) -> Tensor:
+    """Mean over every dimension but the first two: [B, C, ...] to [B, C], for gates on samples."""
+    return x.flatten(2).mean(2)
+
+
+def pool_tokens(x: Tensor) -> Tensor:
+    """Mean over every dimension between first and last: [B, ..., D] to [B, D], for gates on samples."""
+    return x.flatten(1, -2).mean(1)
+
+
+def full_precision(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """layer(x) in at least float32 whatever autocast says: a score decides, so its rounding must not."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        if isinstance(layer, nn.Linear):
+            bias = None if layer.bias is None else layer.bias.to(wide)
+            return F.linear(x.to(wide), layer.weight.to(wide), bias)
+        parameter = next(layer.parameters(), None) if isinstance(layer, nn.Module) else None
+        return layer(x if parameter is None else x.to(parameter.dtype)).to(wide)
+
+
+def shown(buffer: Tensor) -> str:
+    """A scalar buffer for a repr."""
+    return "?" if buffer.is_meta else f"{float(buffer):.4g}"
+
+
+class Capacity:
+    """Mixin: `capacity`, how many rows of a sequence are kept: a float is a ratio in 0..1, an int a count."""
+
+    # The ratio stands in integers: torch.compile makes a float attribute a symbol, and a shape can't depend on that.
+    _capacity: tuple[int, int]  # numerator and denominator of a ratio; denominator 0: a count
+
+    @property
+    def capacity(self) -> float | int:
+        value, parts = self._capacity
+        return value / parts if parts else value
+
+    @capacity.setter
+    def capacity(self, capacity: float | int) -> None:
+        if isinstance(capacity, bool) or not isinstance(capacity, (int, float)):
+            raise TypeError(f"capacity: expected a float ratio or an int count, got {type(capacity).__name__}")
+        if not (0.0 <= capacity <= 1.0 if isinstance(capacity, float) else capacity >= 0):
+            raise ValueError(f"capacity: expected a float ratio in 0..1 or an int count >= 0, got {capacity}")
+        self._capacity = capacity.as_integer_ratio() if isinstance(capacity, float) else (capacity, 0)
+
+    def kept(self, length: int) -> int:
+        """How many rows of a sequence of this length are kept: the rounded ratio of it, or at most the count."""
+        value, parts = self._capacity
+        return (2 * value * length + parts) // (2 * parts) if parts else min(value, length)
+
+
+class Movable(nn.Module):
+    """Mixin: a number assigned to a buffer fills it in place, so that a compiled module sees it without a retrace."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        buffer = self.__dict__.get("_buffers", {}).get(name)
+        if buffer is not None and isinstance(value, (int, float)):
+            buffer.fill_(value)
+        else:
+            super().__setattr__(name, value)
+
+
+class Gate(Movable):
+    """Base of the gates that score rows: p = sigmoid(logit of the row).
+
+    Args:
+        score: the width D of x, for a linear score of each row, or a module that maps (pooled) x to logits [..., 1], or
+            [..., 2] for (skip, keep), whose difference is the logit. Linear scores are computed in float32.
+        weight: the scale of a live row: "hard": 1, with the gradient of p (straight-through); "soft": p; "none": no
+            scale, and no gradient to the gate.
+        pool: applied to x before the score, for gates on samples: `pool_spatial`, `pool_tokens` or any callable.
+
+    Gradient reaches the score through the rows that were computed, and for every row through the layer's `last_cost`.
+    """
+
+    def __init__(
+        self, score: int | nn.Module, *, weight: str = "hard", pool: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        super().__init__()
+        if isinstance(score, bool) or not isinstance(score, (int, nn.Module)):
+            raise TypeError(f"score: expected a width (int) or a module, got {type(score).__name__}")
+        self.score = nn.Linear(score, 1) if isinstance(score, int) else score
+        self.weight = expect_choice("weight", weight, WEIGHTS)
+        self.pool = pool
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logit of each row, in float32 or wider, of the mask's shape."""
+        score = full_precision(self.score, x if self.pool is None else self.pool(x))
+        if score.shape[-1] == 2:
+            return score[..., 1] - score[..., 0]
+        if score.shape[-1] != 1:
+            raise ValueError(f"score: expected logits [..., 1] or [..., 2], got shape {list(score.shape)}")
+        return score[..., 0]
+
+    def _weigh(self, mask: Tensor, p: Tensor) -> Tensor | None:
+        if self.weight == "none":
+            return None
+        return p if self.weight == "soft" else mask.to(p.dtype) + (p - p.detach())
+
+    def extra_repr(self) -> str:
+        return f"weight={self.weight}"
+
+
+class ThresholdGate(Gate):
+    """Live where p = sigmoid(logit) > threshold; the scale of a live row is p.
+
+    `threshold` is a buffer. Below 0 every row is live, from 1 on none is.
+    """
+
+    threshold: Tensor
+
+    def __init__(
+        self,
+        score: int | nn.Module,
+        threshold: float = 0.5,
+        *,
+        weight: str = "soft",
+        pool: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__(score, weight=weight, pool=pool)
+        self.register_buffer("threshold", torch.tensor(float(threshold)))
+
+    def forward(self, x: Tensor) -> Decision:
+        p = torch.sigmoid(self.logits(x))
+        mask = p > self.threshold
+        return Decision(mask, self._weigh(mask, p))
+
+    def extra_repr(self) -> str:
+        return f"threshold={shown(self.threshold)}, {super().extra_repr()}"
+
+
+class StraightThroughGate(ThresholdGate):
+    """Hard forward, soft backward (Bengio 2013; SkipNet, Wang 2018): the scale is 1 with the gradient of p."""
+
+    def __init__(
+        self, score: int | nn.Module, threshold: float = 0.5, *, pool: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        super().__init__(score, threshold, weight="hard", pool=pool)
+
+
+class GumbelGate(ThresholdGate):
+    """Straight-through Gumbel-sigmoid (Jang 2017, Maddison 2017), the Gumbel-softmax over (skip, keep).
+
+    In training p = sigmoid((logit + noise) / temperature) with logistic noise, the difference of two Gumbel samples; in
+    evaluation there is no noise. `threshold` and `temperature` are buffers, so that both may be annealed.
+    """
+
+    temperature: Tensor
+
+    def __init__(
+        self,
+        score: int | nn.Module,
+        temperature: float = 1.0,
+        threshold: float = 0.5,
+        *,
+        weight: str = "hard",
+        pool: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__(score, threshold, weight=weight, pool=pool)
+        if not temperature > 0:
+            raise ValueError(f"temperature: expected a number > 0, got {temperature}")
+        self.register_buffer("temperature", torch.tensor(float(temperature)))
+
+    def forward(self, x: Tensor) -> Decision:
+        logits = self.logits(x)
+        if self.training:
+            u = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
+            logits = logits + torch.log(u) - torch.log1p(-u)
+        p = torch.sigmoid(logits / self.temperature)
+        mask = p > self.threshold
+        return Decision(mask, self._weigh(mask, p))
+
+    def extra_repr(self) -> str:
+        return f"temperature={shown(self.temperature)}, {super().extra_repr()}"
+
+
+class TopKGate(Capacity, Gate):
+    """Live are the rows of highest logit in each sequence (the last dimension of the scores; one of samples if 1-D).
+
+    Args:
+        capacity: a float is a ratio of the rows, an int a count. The count is static: nothing is padded on any device.
+
+    Looks at the whole sequence, so it is not causal. `capacity` may be set at run time; a compiled layer is then traced
+    again, for its shapes depend on it.
+    """
+
+    def __init__(
+        self,
+        score: int | nn.Module,
+        capacity: float | int,
+        *,
+        weight: str = "soft",
+        pool: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__(score, weight=weight, pool=pool)
+        self.capacity = capacity
+
+    def forward(self, x: Tensor) -> Decision:
+        logits = self.logits(x)
+        count = self.kept(logits.shape[-1])
+        sequences = logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
+        mask = live_rows(select_topk(sequences, count)).view(logits.shape)
+        return Decision(mask, self._weigh(mask, torch.sigmoid(logits)), count)
+
+    def extra_repr(self) -> str:
+        return f"capacity={self.capacity}, {super().extra_repr()}"

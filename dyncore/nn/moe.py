@@ -1,0 +1,186 @@
+"""MoE: mixture of experts on dc.grouped_mlp, dropless, tokens choosing experts or experts choosing tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dyncore import activations
+from dyncore.nn import losses
+from dyncore.nn.base import DynamicLayer, expect_choice
+from dyncore.nn.experts import ExpertWeights, read_expert, write_expert
+from dyncore.nn.gates import full_precision
+from dyncore.nn.mlp import ACTIVATIONS, MLP
+from dyncore.ops import grouped_mlp
+from dyncore.plan import Plan, route, route_mask
+
+ROUTING = ("token_choice", "expert_choice")
+
+
+class MoE(DynamicLayer):
+    """y = shared(x) + sum over the chosen experts e of weight_e * expert_e(x)  (Shazeer 2017; Switch, Fedus 2021).
+
+    Args:
+        dim: H. hidden_dim: I, the width of each expert. num_experts: E.
+        top_k: experts of each token; under expert choice the mean of them.
+        activation: any of dc.grouped_mlp.
+        bias: whether experts have biases.
+        routing: "token_choice": softmax over experts, each token takes its top_k. "expert_choice" (Zhou 2022): each
+            expert takes its top_k * T / E best of the T tokens of the call. It balances by construction and is NOT
+            causal: whether a token is taken depends on later tokens and on the rest of the batch.
+        normalize: token choice: divide the weights of a token by their sum; by default where top_k > 1 (at 1 it would
+            cut the router's gradient).
+        shared_experts: this many experts' width of MLP that every token passes, added unweighted.
+        router: a module [T, H] -> logits [T, E] instead of the Linear; logits are float32 in any case.
+
+    Parameters, as dc.grouped_mlp wants them: w_in [E, I, H], gated [E, 2I, H] gate half first; w_out [E, H, I];
+    b_in [E, I or 2I], b_out [E, H]. Nothing is dropped and no expert padded. `last_cost` is the share of the experts
+    that a token took; `losses()` has load_balance (token choice) and router_z.
+    """
+
+    _transient = (*DynamicLayer._transient, "_logits")
+    _logits: Tensor | None = None
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        num_experts: int,
+        top_k: int = 2,
+        *,
+        activation: str = "swiglu",
+        bias: bool = False,
+        routing: str = "token_choice",
+        normalize: bool | None = None,
+        shared_experts: int = 0,
+        router: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("dim", dim), ("hidden_dim", hidden_dim), ("num_experts", num_experts)):
+            if value < 1:
+                raise ValueError(f"{name}: expected a positive number, got {value}")
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k: expected 1..{num_experts} (num_experts), got {top_k}")
+        if shared_experts < 0:
+            raise ValueError(f"shared_experts: expected a number >= 0, got {shared_experts}")
+        self.dim, self.hidden_dim, self.num_experts, self.top_k = dim, hidden_dim, num_experts, top_k
+        self.activation = expect_choice("activation", activation, ACTIVATIONS)
+        self.routing = expect_choice("routing", routing, ROUTING)
+        self.normalize = top_k > 1 if normalize is None else normalize
+        width = 2 * hidden_dim if activation in activations.GATED else hidden_dim
+        self.router = nn.Linear(dim, num_experts, bias=False) if router is None else router
+        self.w_in = nn.Parameter(torch.empty(num_experts, width, dim))
+        self.w_out = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
+        self.b_in = nn.Parameter(torch.empty(num_experts, width)) if bias else None
+        self.b_out = nn.Parameter(torch.empty(num_experts, dim)) if bias else None
+        shared_dim = shared_experts * hidden_dim
+        self.shared = MLP(dim, shared_dim, activation=activation, bias=bias) if shared_experts else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw every expert as nn.Linear draws its own: uniform within 1/sqrt(fan in)."""
+        for tensor, fan_in in (
+            (self.w_in, self.dim),
+            (self.b_in, self.dim),
+            (self.w_out, self.hidden_dim),
+            (self.b_out, self.hidden_dim),
+        ):
+            if tensor is not None:
+                nn.init.uniform_(tensor, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() < 2 or x.shape[-1] != self.dim:
+            raise ValueError(f"x: expected shape [..., {self.dim}], got {list(x.shape)}")
+        rows = x.reshape(math.prod(x.shape[:-1]), self.dim)
+        logits = full_precision(self.router, rows)
+        if logits.shape != (rows.shape[0], self.num_experts):
+            raise ValueError(f"router: expected logits [T, {self.num_experts}], got {list(logits.shape)}")
+        plan = self._route(torch.softmax(logits, dim=-1))
+        self._logits = logits
+        slots = plan.row_offsets[1:] - plan.row_offsets[:-1]
+        self._record(plan, (slots.float() / self.num_experts).view(x.shape[:-1]))
+        return grouped_mlp(
+            x,
+            self.w_in,
+            self.w_out,
+            self.b_in,
+            self.b_out,
+            plan=plan,
+            activation=self.activation,
+            residual=None if self.shared is None else self.shared(x),
+        )
+
+    def _route(self, probabilities: Tensor) -> Plan:
+        if self.routing == "token_choice":
+            weight, expert = probabilities.topk(self.top_k, dim=-1)
+            if self.normalize:
+                weight = weight / weight.sum(-1, keepdim=True)
+            return route(expert, weight, num_groups=self.num_experts)
+        num_rows = probabilities.shape[0]
+        each = min(num_rows, -(-self.top_k * num_rows // self.num_experts))
+        taken = probabilities.detach().topk(each, dim=0).indices
+        mask = torch.zeros_like(probabilities, dtype=torch.bool).scatter(0, taken, True)
+        return route_mask(mask, probabilities, max_slots=each * self.num_experts)
+
+    def losses(self) -> dict[str, Tensor]:
+        """Unweighted auxiliary losses of the latest forward: load_balance (token choice only) and router_z."""
+        if self._logits is None or self.last_plan is None:
+            return {}
+        found = {"router_z": losses.router_z(self._logits)}
+        if self.routing == "token_choice":
+            counts = self.last_plan.offsets[1:] - self.last_plan.offsets[:-1]
+            found["load_balance"] = losses.load_balance(torch.softmax(self._logits, dim=-1), counts)
+        return found
+
+    @classmethod
+    def from_experts(
+        cls,
+        experts: Sequence[nn.Module],
+        router: nn.Module | None = None,
+        *,
+        top_k: int = 2,
+        activation: str | None = None,
+        **options: Any,
+    ) -> MoE:
+        """A MoE with copies of the weights of MLP modules of one shape.
+
+        Args:
+            experts: modules that `dyncore.nn.experts.read_expert` knows: w1/w2/w3, gate_proj/up_proj/down_proj,
+                fc1/fc2, w_in/w_out or Sequential(Linear, activation, Linear).
+            router: the module that gives the logits (kept, not copied), or None for a fresh one.
+            activation: where the modules do not show theirs.
+            options: routing, normalize, shared_experts.
+        """
+        if not experts:
+            raise ValueError("experts: expected at least one module, got none")
+        read = [read_expert(module, activation) for module in experts]
+        first = read[0]
+        for i, other in enumerate(read):
+            for name, a, b in zip(first._fields, first, other, strict=True):
+                if (a.shape if isinstance(a, Tensor) else a) != (b.shape if isinstance(b, Tensor) else b):
+                    raise ValueError(f"experts: expected one build, got expert {i} with another {name} than 0")
+        dim, hidden_dim = first.w_out.shape
+        options = {"router": router, "activation": first.activation, **options}
+        layer = cls(dim, hidden_dim, len(read), top_k, **options).to(first.w_in.device, first.w_in.dtype)
+        for name in ("w_in", "w_out", "b_in", "b_out"):
+            parts = [getattr(weights, name) for weights in read]
+            stacked = None if parts[0] is None else nn.Parameter(torch.stack([p.detach() for p in parts]))
+            setattr(layer, name, stacked)
+        return layer
+
+    def to_experts(self) -> list[MLP]:
+        """One `MLP` an expert, with copies of its weights: the reverse of `from_experts`."""
+        absent = (None,) * self.num_experts
+        b_in, b_out = (absent if b is None else b.unbind(0) for b in (self.b_in, self.b_out))
+        stacks = zip(self.w_in.unbind(0), self.w_out.unbind(0), b_in, b_out, strict=True)
+        return [write_expert(ExpertWeights(wi, wo, bi, bo, self.activation)) for wi, wo, bi, bo in stacks]
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.dim}, {self.hidden_dim}, num_experts={self.num_experts}, top_k={self.top_k}, "
+            f"activation={self.activation}, routing={self.routing}"
+        )

@@ -1,0 +1,79 @@
+"""Skip: any module on the live rows only, rows being tokens or samples (compaction: gather, run, scatter back)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dyncore.execution import mode
+from dyncore.nn.base import (
+    RETURNS,
+    DynamicLayer,
+    Gating,
+    changed,
+    decide,
+    everything,
+    executed,
+    expect_choice,
+    expect_like,
+    linked,
+    merge,
+    plan_of,
+)
+from dyncore.ops import gather_rows
+
+
+class Skip(DynamicLayer):
+    """x' = g F(x) + (1 - g) x, with F computed where the gate is open only (SkipNet, Wang 2018).
+
+    Args:
+        module: F, any module that maps rows [A, ...] to rows of the same shape. Where the gate's mask is [B, S] and x
+            is [B, S, D] rows are tokens and F sees [A, D]; where it is [B] and x is [B, C, H, W] rows are samples and
+            F sees [A, C, H, W].
+        gate: maps x to a mask, (mask, scale) or Decision (see `dyncore.nn.gates`), g being the scale of live rows, 1
+            where there is none.
+        returns: "output": F(x) takes the place of x, as above. "update": F(x) is added: x' = x + g F(x).
+
+    A closed row comes out as it went in, whatever it holds; with every gate at exactly 1 the result is exactly F(x).
+    Gradient reaches F, x, and the gate through the rows computed.
+
+    Modules that mix rows: BatchNorm sees the live rows only, in training and in its running statistics, and in "masked"
+    execution all rows, the closed ones as zeros; so there the modes agree for modules that treat rows one by one. Under
+    torch.compile and on accelerators a mask has the static bound of all rows (use a TopKGate to have a static count):
+    values are the same, and rows past the live ones are zeros to F.
+
+    Raises ValueError where F changes the shape, TypeError or ValueError where the mask does not fit x.
+    """
+
+    def __init__(self, module: nn.Module, gate: Gating, *, returns: str = "output") -> None:
+        super().__init__()
+        self.module = module
+        self.gate = gate
+        self.returns = expect_choice("returns", returns, RETURNS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        decision = decide(self.gate, x)
+        mask, scale, _ = decision
+        plan = plan_of(decision)
+        self._record(plan, executed(mask, scale))
+        row_shape = x.shape[mask.dim() :]
+        rows = x.reshape(mask.numel(), row_shape.numel())
+        flat = mask.reshape(-1)
+        if mode() == "masked" or everything(plan):
+            live = rows if everything(plan) else torch.where(flat[:, None], rows, 0)
+            y = self._apply_module(live, row_shape)
+            y = changed(live, y, None if scale is None else scale.reshape(-1), self.returns)
+            out = torch.where(flat[:, None], y, rows)
+        else:
+            live = gather_rows(rows, plan)
+            out = merge(rows, live, self._apply_module(live, row_shape), plan, flat, self.returns)
+        return out.view(x.shape)
+
+    def _apply_module(self, live: Tensor, row_shape: torch.Size) -> Tensor:
+        if live.shape[0] == 0:  # many modules refuse an empty batch
+            return linked(live, self.module)
+        shaped = live.view(-1, *row_shape)
+        return expect_like("module", self.module(shaped), shaped).reshape(live.shape)
+
+    def extra_repr(self) -> str:
+        return f"returns={self.returns}"
