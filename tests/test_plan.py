@@ -1,6 +1,7 @@
 """Plans and what makes one: every property of the contract, on random and on degenerate input."""
 
 import copy
+import itertools
 import pickle
 
 import hypothesis
@@ -30,7 +31,7 @@ def check_invariants(plan):
     assert (key.diff() >= 0).all()  # by group, then ascending row
     want = [[a for a in range(count) if rows[a] == t] for t in range(plan.num_rows)]
     bounds = plan.row_offsets.tolist()
-    assert [plan.row_slots[s:e].tolist() for s, e in zip(bounds, bounds[1:], strict=False)] == want
+    assert [plan.row_slots[s:e].tolist() for s, e in itertools.pairwise(bounds)] == want
     assert plan.exact <= (count == plan.num_slots)
 
 

@@ -60,7 +60,7 @@ def _masked(x, weight, bias, plan: Plan, activation: str, gather: bool, scatter:
     biases = bias.unbind(0) if bias is not None else (None,) * weight.shape[0]
     groups = plan.groups()
     selected, scale = selection(plan, x.dtype)
-    rows = torch.where(groups < plan.num_groups, plan.rows, 0)  # padding may hold anything
+    rows = torch.where(groups < plan.num_groups, plan.rows, plan.num_rows)  # padding reads one row past the end
     total = None
     for g, (w, b) in enumerate(zip(weight.unbind(0), biases, strict=True)):  # unbind: W[g] would zero-fill a gradient
         chosen = selected[:, g] if gather else groups == g
@@ -68,8 +68,7 @@ def _masked(x, weight, bias, plan: Plan, activation: str, gather: bool, scatter:
         if gather and scatter:
             y = weighted(chosen, scale[:, g], y)
         elif gather:
-            y = y[rows] if plan.num_rows else y.new_zeros(plan.num_slots, w.shape[0])
-            y = only(groups == g, y)
+            y = only(groups == g, F.pad(y, (0, 0, 0, 1))[rows])
         else:
             y = only(chosen, y)
         total = y if total is None else total + y
