@@ -1,0 +1,192 @@
+"""Plots of a sweep, in a light and a dark version: speed-up against FLOPs saved, time against keep ratio, rivals."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from dyncore.bench.table import RIVALS, shape_text
+from dyncore.measure.savings import break_even
+
+THEMES = {"": ("#ffffff", "#1f2328", "#d0d7de"), "-dark": ("#0d1117", "#e6edf3", "#30363d")}  # paper, ink, lines
+# Okabe and Ito: told apart by readers who see few colours, on either paper.
+COLOURS = {
+    "dyncore": "#0a84d0",
+    "dense": "#8c959f",
+    "naive": "#e69f00",
+    "grouped_mm": "#cc79a7",
+    "equal_flops": "#009e73",
+}
+_MARKERS = {"token-skipping": "o", "moe": "s"}
+_Records = list[dict[str, Any]]
+
+
+def _plain(value: float, _: object = None) -> str:
+    return f"{value:g}"
+
+
+def _figure(width: float, height: float, theme: str) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=140, layout="constrained")
+    figure.set_facecolor(THEMES[theme][0])
+    return figure
+
+
+def _style(axes: Axes, theme: str) -> None:
+    paper, ink, lines = THEMES[theme]
+    axes.set_facecolor(paper)
+    axes.grid(True, color=lines, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=ink, which="both")
+    for spine in axes.spines.values():
+        spine.set_color(lines)
+    for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
+        text.set_color(ink)
+
+
+def _legend(axes: Axes, theme: str) -> None:
+    """Below the axes, where it covers no point."""
+    paper, ink, _ = THEMES[theme]
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13), "ncols": 2, "borderaxespad": 0.8}
+    axes.legend(facecolor=paper, edgecolor=paper, labelcolor=ink, fontsize=8, **place)
+
+
+def speedup_plot(records: _Records, theme: str) -> Figure | None:
+    """Wall-clock speed-up against FLOP speed-up, both over dense; on the line y = x each saved FLOP saved its time."""
+    points = [r for r in records if r["flop_speedup"]]
+    if not points:
+        return None
+    figure = _figure(6.4, 6.0, theme)
+    axes = figure.subplots()
+    for mechanism in dict.fromkeys(r["mechanism"] for r in points):
+        of = [r for r in points if r["mechanism"] == mechanism]
+        x = [r["flop_speedup"] for r in of]
+        marker = _MARKERS.get(mechanism, "^")
+        ours = [r["wall_clock_speedup"] for r in of]
+        axes.scatter(x, ours, marker=marker, color=COLOURS["dyncore"], label=f"{mechanism}: dyncore", zorder=3)
+        naive = [
+            (r["flop_speedup"], r["variants"]["dense"]["median_ms"] / r["variants"]["naive"]["median_ms"])
+            for r in of
+            if "naive" in r["variants"]
+        ]
+        style = {"facecolors": "none", "edgecolors": COLOURS["naive"], "marker": marker}
+        axes.scatter(*zip(*naive, strict=True), label=f"{mechanism}: naive PyTorch", **style) if naive else None
+    low = min(1.0, *(r["wall_clock_speedup"] for r in points)) * 0.8
+    high = max(2.0, *(max(r["flop_speedup"], r["wall_clock_speedup"]) for r in points)) * 1.25
+    axes.plot(
+        [low, high], [low, high], color=THEMES[theme][1], linewidth=1, label="y = x: each saved FLOP saves its time"
+    )
+    axes.axhline(1, color=THEMES[theme][1], linewidth=0.8, linestyle=":")
+    axes.set(xscale="log", yscale="log")
+    axes.set(xlabel="FLOP speed-up over dense", ylabel="wall-clock speed-up over dense")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(_plain))
+        axis.set_ticks([t for t in (0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64) if low <= t <= high])
+        axis.set_minor_locator(NullLocator())
+    axes.set(xlim=(0.9, high), ylim=(low, high))
+    _style(axes, theme)
+    _legend(axes, theme)
+    return figure
+
+
+def _curves(records: _Records) -> dict[tuple[str, ...], _Records]:
+    """Records that differ in keep ratio alone, three at least: title -> records, by keep ratio."""
+    curves: dict[tuple[str, ...], _Records] = {}
+    for r in records:
+        key = (r["mechanism"], r["input"], shape_text(r), r["dtype"], r["phase"])
+        curves.setdefault(key, []).append(r)
+    ordered = {key: sorted(of, key=lambda r: r["keep_ratio"]) for key, of in curves.items()}
+    return {key: of for key, of in ordered.items() if len({r["keep_ratio"] for r in of}) >= 3}
+
+
+def _curve(axes: Axes, title: str, records: _Records, theme: str) -> None:
+    keep = [r["keep_ratio"] for r in records]
+    for name in ("dense", "naive", "dyncore"):
+        of = [r for r in records if name in r["variants"]]
+        times = [r["variants"][name]["median_ms"] for r in of]
+        axes.plot(
+            [r["keep_ratio"] for r in of], times, marker="o", color=COLOURS[name], label=RIVALS.get(name, (name,))[0]
+        )
+    dense = [r["variants"]["dense"]["median_ms"] for r in records]
+    relative = [r["variants"]["dyncore"]["median_ms"] / d for r, d in zip(records, dense, strict=True)]
+    at = break_even(keep, relative, 1.0)
+    if at is not None:
+        label = f"faster than dense up to keep {at:.2f}"
+        axes.axvline(at, color=COLOURS["dyncore"], linestyle="--", linewidth=1, label=label)
+    else:
+        axes.plot([], [], " ", label="slower than dense at each point")
+    axes.set(xlabel="keep ratio", ylabel="ms", xlim=(0, 1.04), ylim=(0, 1.15 * max(dense)))
+    axes.set_title(title, fontsize=9)
+    _style(axes, theme)
+    _legend(axes, theme)
+
+
+def keep_plot(records: _Records, theme: str) -> Figure | None:
+    """Time against keep ratio, with the break-even marked: one panel for each shape with three ratios or more."""
+    curves = _curves(records)
+    if not curves:
+        return None
+    columns = min(2, len(curves))
+    rows = -(-len(curves) // columns)
+    figure = _figure(4.8 * columns, 4.0 * rows, theme)
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, ((mechanism, _, shape, dtype, phase), of) in zip(panels, curves.items(), strict=False):
+        _curve(axes, f"{mechanism}, {shape}, {dtype}, {phase}", of, theme)
+    for axes in list(panels):
+        axes.set_visible(False)
+    return figure
+
+
+def moe_plot(records: _Records, theme: str) -> Figure | None:
+    """Speed-up of dyncore over each rival at every mixture-of-experts point; left of 1 the rival is faster."""
+    points = [r for r in records if r["mechanism"] == "moe"]
+    if not points:
+        return None
+    figure = _figure(7.2, 0.62 * len(points) + 1.4, theme)
+    axes = figure.subplots()
+    names = [name for name in RIVALS if any(name in r["against"] for r in points)]
+    for i, name in enumerate(names):
+        of = [(j, r["against"][name]) for j, r in enumerate(points) if name in r["against"]]
+        places = [j + (i - (len(names) - 1) / 2) * 0.19 for j, _ in of]
+        axes.barh(
+            places, [x - 1 for _, x in of], left=1, height=0.17, color=COLOURS[name], label=f"over {RIVALS[name][0]}"
+        )
+    labels = [f"{r['input']}, {r['dtype']}, {r['phase']}\n{shape_text(r)}" for r in points]
+    axes.set_yticks(range(len(points)), labels, fontsize=7)
+    axes.invert_yaxis()
+    axes.axvline(1, color=THEMES[theme][1], linewidth=1)
+    axes.set(xscale="log", xlabel="wall-clock speed-up of dyncore")
+    low, high = axes.get_xlim()
+    axes.set_xticks([t for t in (0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64) if low <= t <= high])
+    axes.xaxis.set_major_formatter(FuncFormatter(_plain))
+    axes.xaxis.set_minor_locator(NullLocator())
+    _style(axes, theme)
+    paper, ink, _ = THEMES[theme]
+    figure.legend(loc="outside upper center", ncols=4, facecolor=paper, edgecolor=paper, labelcolor=ink, fontsize=8)
+    return figure
+
+
+PLOTS: dict[str, tuple[str, Callable[[_Records, str], Figure | None]]] = {
+    "speedup": ("Wall-clock speed-up against FLOP speed-up", speedup_plot),
+    "keep": ("Time against keep ratio, and the break-even", keep_plot),
+    "moe": ("Mixture of experts against its rivals", moe_plot),
+}
+
+
+def write_plots(folder: Path, records: _Records) -> dict[str, bytes]:
+    """Write <name>.png and <name>-dark.png for every plot that has data; name -> PNG."""
+    written = {}
+    for name, (_, plot) in PLOTS.items():
+        for theme in THEMES:
+            figure = plot(records, theme)
+            if figure is not None:
+                buffer = io.BytesIO()
+                figure.savefig(buffer, format="png", facecolor=figure.get_facecolor())
+                written[name + theme] = buffer.getvalue()
+                (folder / f"{name}{theme}.png").write_bytes(written[name + theme])
+    return written

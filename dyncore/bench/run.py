@@ -1,0 +1,95 @@
+"""The sweep of `dyncore bench`: points one after the other; what was measured is on disk after each."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from dyncore.bench import points
+from dyncore.bench.contest import Point, measure
+from dyncore.bench.page import write_page
+from dyncore.bench.plots import write_plots
+from dyncore.bench.table import one_line, render, summary
+from dyncore.measure.records import new_results, write_results
+
+INTERRUPTED = 130  # exit status of a process that Ctrl-C ended
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What `dyncore bench` was asked for; `seconds` and `min_rounds` bound the timing of each point."""
+
+    names: tuple[str, ...] = ()
+    size: str = "quick"
+    dtype: torch.dtype | None = None
+    threads: int | None = None
+    out: Path | None = None
+    seconds: float = 1.0
+    min_rounds: int = 5
+    command: str = "dyncore bench"
+
+
+def _expected_seconds(point: Point, options: Options) -> float:
+    """Rough, at 100 GFLOP/s: rounds and a warm-up, and the check in float64. The time left is scaled by what passed."""
+    return 0.3 + max(options.seconds, (options.min_rounds + 1) * point.work / 100) + point.work / 50
+
+
+def sweep(chosen: Sequence[Point], folder: Path, options: Options, console: Console) -> dict:
+    """Measure the points; results.json in `folder` is whole after each. Ctrl-C ends the sweep, not the report."""
+    results = new_results(options.command)
+    path = folder / "results.json"
+    costs = [_expected_seconds(point, options) for point in chosen]
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, speed_estimate_period=3600) as progress:
+        task = progress.add_task("", total=sum(costs))
+        try:
+            for i, (point, cost) in enumerate(zip(chosen, costs, strict=True), 1):
+                progress.update(task, description=f"{i}/{len(chosen)} {point}")
+                record, errors = measure(point, seconds=options.seconds, min_rounds=options.min_rounds)
+                results["errors"] += errors
+                if record is not None:
+                    results["records"].append(record)
+                    progress.console.print(one_line(record), highlight=False, soft_wrap=True)
+                for error in errors:
+                    text = f"error: {error['point']}: {error['variant']}: {error['message']}"
+                    progress.console.print(text, style="red", highlight=False, markup=False, soft_wrap=True)
+                write_results(path, results)
+                progress.advance(task, cost)
+        except KeyboardInterrupt:
+            results["interrupted"] = True
+            write_results(path, results)
+    return results
+
+
+def run(options: Options) -> int:
+    """Sweep, print the table, write results.json, plots and index.html; the exit status."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    folder = options.out or Path("bench-results") / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder.mkdir(parents=True, exist_ok=True)
+    out, log = Console(), Console(stderr=True)
+    if not out.is_terminal:
+        out.width = 160  # a table in a file or pipe is not broken at 80 columns
+    chosen = points(options.names, options.size, options.dtype)
+    results = sweep(chosen, folder, options, log)
+    if results["records"]:
+        out.print(render(results["records"]))
+        for sentence in summary(results):
+            out.print(sentence, highlight=False, soft_wrap=True)
+        write_page(folder, results, write_plots(folder, results["records"]))
+        out.print(f"Report: {folder / 'index.html'}", highlight=False, soft_wrap=True)
+    if results["interrupted"]:
+        log.print(
+            f"Interrupted after {len(results['records'])} of {len(chosen)} points; what was measured is in {folder}"
+        )
+        return INTERRUPTED
+    if results["errors"]:
+        log.print(f"{len(results['errors'])} variants gave wrong numbers or failed; they have no times above")
+        return 1
+    return 0

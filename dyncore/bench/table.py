@@ -1,0 +1,126 @@
+"""Records as people read them: one line while the sweep runs, one table after it, and sentences that sum it up."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+_DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
+RIVALS = {  # record name -> (heading, what it is)
+    "dense": ("dense", "the same layer without skipping; for MoE, every expert on every row"),
+    "naive": ("naive", "PyTorch as one writes it: index_select, linear, index_add; for MoE, a loop over the experts"),
+    "grouped_mm": ("grouped_mm", "torch.nn.functional.grouped_mm on gathered rows"),
+    "equal_flops": ("= FLOPs", "a static dense MLP of equal active FLOPs, another function"),
+}
+
+
+def shape_text(record: dict[str, Any]) -> str:
+    return " ".join(f"{letter}={size}" for letter, size in record["shape"].items())
+
+
+def _phase(record: dict[str, Any]) -> str:
+    return "fwd" if record["phase"] == "forward" else "fwd+bwd"
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def milliseconds(variant: dict[str, Any] | None) -> str:
+    if variant is None:
+        return "-"
+    ms = variant["median_ms"]
+    return f"{ms:.3f}" if ms < 1 else f"{ms:.2f}" if ms < 100 else f"{ms:.0f}"
+
+
+def cells(record: dict[str, Any]) -> list[str]:
+    """The row of a record, in the order of COLUMNS."""
+    variants, against, flops = record["variants"], record["against"], record["flops"]
+    return [
+        record["mechanism"],
+        record["input"],
+        shape_text(record),
+        _DTYPES.get(record["dtype"], record["dtype"]),
+        _phase(record),
+        f"{record['keep_ratio']:.3g}",
+        f"{flops['executed'] / 1e9:.3g}",
+        f"{flops['dense'] / 1e9:.3g}",
+        f"{milliseconds(variants['dyncore'])} ±{variants['dyncore']['spread']:.0%}",
+        milliseconds(variants["dense"]),
+        milliseconds(variants.get("naive")),
+        _number(record["flop_speedup"]),
+        _number(record["wall_clock_speedup"]),
+        _number(record["se"]),
+        *(_number(against.get(name)) for name in RIVALS if name != "dense"),
+    ]
+
+
+COLUMNS = [
+    "mechanism",
+    "input",
+    "shape",
+    "dtype",
+    "pass",
+    "keep",
+    "GFLOP",
+    "dense GFLOP",
+    "ms",
+    "dense ms",
+    "naive ms",
+    "FLOPs x",
+    "time x",
+    "SE",
+    *(f"vs {heading}" for name, (heading, _) in RIVALS.items() if name != "dense"),
+]
+
+
+def render(records: list[dict[str, Any]]) -> Table:
+    """A table of all records: FLOPs x, time x and SE are against dense; "vs" are wall-clock speed-ups."""
+    caption = "FLOPs x, time x: speed-ups against dense; SE = time x / FLOPs x; vs: wall-clock speed-up against a rival"
+    table = Table(caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for i, column in enumerate(COLUMNS):
+        # headings are broken at spaces; a narrow terminal breaks shapes too, never a number
+        heading = column.replace(" ", "\n")
+        table.add_column(
+            heading, justify="left" if i < 5 else "right", no_wrap=i != 2, min_width=14 if i == 2 else None
+        )
+    previous = None
+    for record in records:
+        if previous not in (None, record["mechanism"]):
+            table.add_section()
+        previous = record["mechanism"]
+        row = cells(record)
+        for i in [12, *range(14, len(row))]:  # speed-ups: at a glance, which are gains
+            if row[i] != "-":
+                row[i] = f"[{'green' if float(row[i]) >= 1 else 'red'}]{row[i]}[/]"
+        table.add_row(*row)
+    return table
+
+
+def one_line(record: dict[str, Any]) -> str:
+    """What is printed when a point is done."""
+    against = ", ".join(f"{x:.2f}x {RIVALS[name][0]}" for name, x in record["against"].items())
+    return (
+        f"{record['mechanism']} {record['input']} {shape_text(record)} {_DTYPES.get(record['dtype'], record['dtype'])} "
+        f"{_phase(record)} keep {record['keep_ratio']:.3g}: {milliseconds(record['variants']['dyncore'])} ms, {against}"
+    )
+
+
+def summary(results: dict[str, Any]) -> list[str]:
+    """One sentence a mechanism: at how many points it is faster, and what a saved FLOP was worth."""
+    sentences = []
+    for mechanism in dict.fromkeys(r["mechanism"] for r in results["records"]):
+        records = [r for r in results["records"] if r["mechanism"] == mechanism]
+        counts = []
+        for rival, (heading, _) in RIVALS.items():
+            speedups = [r["against"][rival] for r in records if rival in r["against"]]
+            if speedups:
+                wins = sum(x > 1 for x in speedups)
+                counts.append(f"{heading} at {wins} of {len(speedups)} (median {statistics.median(speedups):.2f}x)")
+        se = [r["se"] for r in records if r["se"] is not None and r["flop_speedup"] > 1]
+        worth = f"; SE {statistics.median(se):.2f} in the median, {min(se):.2f} to {max(se):.2f}" if se else ""
+        sentences.append(f"{mechanism}: faster than {', '.join(counts)}{worth}.")
+    return sentences

@@ -1,0 +1,135 @@
+"""Token skipping: x + MLP(x) on the kept rows, x on the others. T rows, H model width, MLP H -> I -> H with gelu."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import dyncore as dc
+from dyncore.bench.contest import Contest, Point, Variant
+from dyncore.bench.routing import recorded
+
+NAME = "token-skipping"
+KEEP = (0.125, 0.25, 0.5, 0.75, 1.0)
+_MASKS = 3  # different masks, so that no branch predictor learns one
+
+
+def _mlp(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor) -> Tensor:
+    return F.linear(F.gelu(F.linear(x, w_in, b_in)), w_out, b_out)
+
+
+def ours(x: Tensor, mask: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor) -> Tensor:
+    plan = dc.select(mask)
+    return dc.grouped_mlp(x, w_in[None], w_out[None], b_in[None], b_out[None], plan=plan, activation="gelu", residual=x)
+
+
+def naive(x: Tensor, mask: Tensor, *weights: Tensor) -> Tensor:
+    """What one writes in PyTorch: select the rows, run the MLP, add the result back."""
+    rows = mask.nonzero().squeeze(1)
+    return x.index_add(0, rows, _mlp(x.index_select(0, rows), *weights))
+
+
+def dense(x: Tensor, mask: Tensor, *weights: Tensor) -> Tensor:
+    """The dense twin: no skipping at all."""
+    return x + _mlp(x, *weights)
+
+
+def masked(x: Tensor, mask: Tensor, *weights: Tensor) -> Tensor:
+    return torch.where(mask[:, None], x + _mlp(x, *weights), x)
+
+
+def make_weights(width: int, hidden: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """(w_in [I, H], b_in [I], w_out [H, I], b_out [H]) that keep unit-scale inputs at unit scale."""
+    w_in = torch.randn(hidden, width) / width**0.5
+    w_out = torch.randn(width, hidden) / hidden**0.5
+    return tuple(t.to(dtype) for t in (w_in, torch.randn(hidden), w_out, torch.randn(width)))
+
+
+def contest(
+    masks: list[Tensor], width: int, hidden: int, dtype: torch.dtype, *, backward: bool = False, cold: bool = True
+) -> Contest:
+    torch.manual_seed(0)
+    weights = make_weights(width, hidden, dtype)
+    inputs = [(torch.randn(mask.shape[0], width).to(dtype), mask) for mask in masks]
+    variants = {
+        "dyncore": Variant(ours, masked, weights),
+        "dense": Variant(dense, dense, weights),
+        "naive": Variant(naive, masked, weights),
+    }
+    return Contest(variants, inputs, backward, cold)
+
+
+def random_masks(rows: int, keep: float) -> list[Tensor]:
+    """Masks that keep exactly round(keep * rows) rows, drawn independently."""
+    generator = torch.Generator().manual_seed(rows)
+    masks = []
+    for _ in range(_MASKS):
+        mask = torch.zeros(rows, dtype=torch.bool)
+        mask[torch.randperm(rows, generator=generator)[: round(keep * rows)]] = True
+        masks.append(mask)
+    return masks
+
+
+def _point(
+    name: str, masks: list[Tensor], width: int, dtype: torch.dtype, *, backward: bool = False, cold: bool = True
+) -> Point:
+    rows, hidden = masks[0].shape[0], 4 * width
+    keep = sum(int(mask.sum()) for mask in masks) / (len(masks) * rows)
+    work = (3 if backward else 1) * (1 + 2 * keep) * 4e-9 * rows * width * hidden
+    return Point(
+        NAME,
+        name,
+        {"T": rows, "H": width, "I": hidden},
+        dtype,
+        keep,
+        lambda: contest(masks, width, hidden, dtype, backward=backward, cold=cold),
+        backward,
+        work,
+    )
+
+
+def synthetic(rows: int, width: int, dtype: torch.dtype, keep: float, *, backward: bool = False) -> Point:
+    """Rows kept at random."""
+    return _point("random", random_masks(rows, keep), width, dtype, backward=backward)
+
+
+def replayed(width: int | None, dtype: torch.dtype, *, backward: bool = False) -> Point:
+    """The rows that the trained Mixture-of-Depths model of examples/digits.py kept, at its width (None) or another.
+
+    At its own width the whole model fits in a cache, so weights are warm there.
+    """
+    routing = recorded()
+    masks = [layer.mask for layer in routing.layers if layer.mask is not None]
+    return _point("digits", masks, width or routing.width, dtype, backward=backward, cold=width is not None)
+
+
+def points(size: str) -> Iterator[Point]:
+    """The sweep of `size`: "tiny", "quick" or "full"."""
+    f32, bf16 = torch.float32, torch.bfloat16
+    if size == "tiny":
+        for keep in (0.25, 0.5, 1.0):
+            yield synthetic(64, 32, f32, keep)
+        yield synthetic(64, 32, bf16, 0.5)
+        yield synthetic(64, 32, f32, 0.5, backward=True)
+        yield replayed(16, f32)
+        return
+    for keep in KEEP:
+        yield synthetic(4096, 1024, f32, keep)
+    for keep in KEEP if size == "full" else (0.25, 0.5, 1.0):
+        yield synthetic(4096, 1024, bf16, keep)
+    for keep in KEEP:
+        yield synthetic(512, 256, f32, keep)
+    for keep in (0.25, 0.5):
+        yield synthetic(2048, 512, f32, keep, backward=True)
+    for width in (None, 512):
+        yield replayed(width, f32)
+    if size == "full":
+        for keep in KEEP:
+            yield synthetic(512, 256, bf16, keep)
+            yield synthetic(2048, 512, bf16, keep, backward=True)
+            yield synthetic(64, 1024, f32, keep)
+        yield replayed(512, bf16)
+        yield replayed(512, f32, backward=True)

@@ -1,0 +1,156 @@
+"""The command `dyncore`: env (what is available here) and bench (the main job). Floor 5.
+
+env needs torch alone; bench needs the extra dyncore[bench], and says so where it is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+_DTYPES = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
+_BENCH_NEEDS = ("rich", "matplotlib")
+_SECONDS = {"tiny": 0.05, "quick": 1.0, "full": 4.0}
+_MIN_ROUNDS = {"tiny": 3, "quick": 5, "full": 11}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one line, exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _positive_int(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number >= 1, got {text!r}")
+    return int(text)
+
+
+def _positive_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
+def _dtype(text: str) -> torch.dtype:
+    if text not in _DTYPES:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(_DTYPES)}, got {text!r}")
+    return _DTYPES[text]
+
+
+def _folder(text: str) -> Path:
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a folder, {text!r} is a file")
+    return path
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="dyncore", description="Conditional computation that pays: what is here, and what it gains.")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    env = commands.add_parser("env", help="versions, instruction set, threads, and each backend or why it is missing")
+    env.add_argument("--json", action="store_true", help="as JSON, for a bug report")
+    bench = commands.add_parser(
+        "bench",
+        help="measure token skipping and mixture of experts against dense and naive PyTorch",
+        description="Measures dyncore against dense and naive PyTorch, in interleaved rounds, after checking that all "
+        "give the same numbers. Prints a table; writes results.json, plots and index.html. Ctrl-C keeps what was "
+        "measured.",
+        epilog="examples: dyncore bench --quick | dyncore bench moe --full --dtype bf16 --threads 1 --out results",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    bench.add_argument("names", nargs="*", metavar="name", help="token-skipping, moe (default: both)")
+    size = bench.add_mutually_exclusive_group()
+    size.add_argument("--quick", dest="size", action="store_const", const="quick", help="under 4 minutes (default)")
+    size.add_argument("--full", dest="size", action="store_const", const="full", help="more shapes, dtypes and rounds")
+    size.add_argument("--tiny", dest="size", action="store_const", const="tiny", help=argparse.SUPPRESS)
+    bench.add_argument("--threads", type=_positive_int, metavar="N", help="default: torch.get_num_threads()")
+    bench.add_argument("--dtype", type=_dtype, metavar="D", help="float32 or bfloat16 alone (default: both)")
+    bench.add_argument("--out", type=_folder, metavar="FOLDER", help="default: bench-results/<time>")
+    bench.add_argument("--seconds", type=_positive_float, metavar="S", help="time for each point (default: 1, full 4)")
+    bench.set_defaults(size="quick", parser=bench)
+    return parser
+
+
+def _print_env(as_json: bool) -> int:
+    from dyncore.measure import environment
+
+    env = environment()
+    if as_json:
+        print(json.dumps(env, indent=1))
+        return 0
+    commit = env["commit"]
+    lines = {name: version or "not installed" for name, version in env["versions"].items()}
+    if commit:
+        lines["commit"] = commit["id"][:12] + (" with local changes" if commit["modified"] else "")
+    lines |= {
+        "system": f"{env['system']}, {env['cpu']}, {env['cores']} cores",
+        "instruction set": env["isa"] or "-",
+        "threads": str(env["threads"]),
+        "GPU": env["gpu"] or "none found",
+    }
+    for name, backend in env["backends"].items():
+        state = "available" if backend["available"] else "not available"
+        lines[f"backend {name}"] = state + (f": {backend['reason']}" if backend["reason"] else "")
+    width = max(map(len, lines))
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in lines.items()))
+    return 0
+
+
+def _missing(packages: Sequence[str]) -> list[str]:
+    """The packages that cannot be imported."""
+    missing = []
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            missing.append(package)
+    return missing
+
+
+def _bench(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    from dyncore.bench import MECHANISMS
+
+    unknown = [name for name in args.names if name not in MECHANISMS]
+    if unknown:
+        args.parser.error(f"unknown name {unknown[0]!r}, expected {' or '.join(MECHANISMS)}")
+    missing = _missing(_BENCH_NEEDS)
+    if missing:
+        print(f"dyncore bench needs {' and '.join(missing)}: pip install 'dyncore[bench]'", file=sys.stderr)
+        return 1
+    from dyncore.bench.run import Options, run
+
+    options: dict[str, Any] = {
+        "names": tuple(dict.fromkeys(args.names)),
+        "size": args.size,
+        "dtype": args.dtype,
+        "threads": args.threads,
+        "out": args.out,
+        "seconds": args.seconds or _SECONDS[args.size],
+        "min_rounds": _MIN_ROUNDS[args.size],
+        "command": " ".join(["dyncore", *argv]),
+    }
+    return run(Options(**options))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status: 0, 1 (something failed), 2 (bad arguments), 130 (Ctrl-C)."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parser().parse_args(argv)
+    try:
+        return _print_env(args.json) if args.command == "env" else _bench(args, argv)
+    except KeyboardInterrupt:
+        print("Interrupted", file=sys.stderr)
+        return 130

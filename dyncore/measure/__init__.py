@@ -1,0 +1,27 @@
+"""dyncore.measure: what was executed, how long it took, and what a saved FLOP was worth.
+
+Floor 4: knows modules and callables, the ops only through their FLOP formulas. Needs torch alone.
+"""
+
+from dyncore.measure.environment import environment, last_level_cache
+from dyncore.measure.flops import flops
+from dyncore.measure.records import new_results, read_results, write_results
+from dyncore.measure.savings import Savings, break_even, realised_saving, savings, scaling_efficiency
+from dyncore.measure.timing import Interleaved, Timing, cold_copies
+
+__all__ = [
+    "Interleaved",
+    "Savings",
+    "Timing",
+    "break_even",
+    "cold_copies",
+    "environment",
+    "flops",
+    "last_level_cache",
+    "new_results",
+    "read_results",
+    "realised_saving",
+    "savings",
+    "scaling_efficiency",
+    "write_results",
+]

@@ -1,0 +1,97 @@
+"""environment: the machine, the versions and the backends that a measurement was made with."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dyncore
+from dyncore.backends import cpu, triton
+
+_CACHE_ROOT = Path("/sys/devices/system/cpu/cpu0/cache")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+
+
+def _cache_sizes() -> list[int]:
+    sizes = []
+    for file in sorted(_CACHE_ROOT.glob("index*/size")):
+        text = file.read_text().strip()
+        sizes.append(int(text[:-1]) * _UNITS[text[-1]] if text[-1:] in _UNITS else int(text))
+    return sizes
+
+
+@functools.cache
+def last_level_cache() -> int:
+    """Bytes of the largest cache that this machine's first core sees; 32 MiB where the system does not tell."""
+    try:
+        return max(_cache_sizes(), default=2**25)
+    except (OSError, ValueError):
+        return 2**25
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> dict[str, Any] | None:
+    """Commit of the checkout that dyncore is imported from; None if it is not one (an installed wheel)."""
+    root = Path(dyncore.__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        head, status = (
+            subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True, timeout=10)
+            for args in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"id": head.stdout.strip(), "modified": bool(status.stdout.strip())}
+
+
+def _backends() -> dict[str, dict[str, Any]]:
+    built = "plain PyTorch, any device and dtype"
+    return {
+        "reference": {"available": True, "reason": built},
+        "cpu": {"available": bool(cpu.available), "reason": str(cpu.reason)},
+        "triton": {"available": bool(triton.available), "reason": str(triton.reason)},
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine, instruction set, threads and backends, as a plain dict. No host name, no paths."""
+    return {
+        "versions": {
+            "dyncore": dyncore.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": _version("triton"),
+        },
+        "commit": _commit(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": cpu.isa() if cpu.available else None,
+        "last_level_cache_bytes": last_level_cache(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "backends": _backends(),
+    }

@@ -1,0 +1,145 @@
+"""Timing that can be believed: variants interleaved, medians with their spread, cold weights.
+
+Rivals are timed in the same rounds, so that a machine that slows down slows them all; the order turns from round to
+round, so that nobody always runs in the caches another left behind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+import torch.utils._pytree as pytree
+
+from dyncore.measure.environment import last_level_cache
+
+_Tree = TypeVar("_Tree")
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Samples of one variant, in nanoseconds, in the order they were taken."""
+
+    samples_ns: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.samples_ns:
+            raise ValueError("samples_ns: expected at least one sample, got none")
+
+    @property
+    def median(self) -> float:
+        """Median in seconds."""
+        return statistics.median(self.samples_ns) / 1e9
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range over the median: 0 for a single sample."""
+        if len(self.samples_ns) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.samples_ns, n=4, method="inclusive")
+        return (high - low) / (self.median * 1e9)
+
+    def record(self) -> dict[str, Any]:
+        """The record of the results schema: median_ms, spread, samples_ns."""
+        return {"median_ms": self.median * 1e3, "spread": self.spread, "samples_ns": list(self.samples_ns)}
+
+
+def _no_arguments(name: str, round: int) -> tuple[Any, ...]:
+    return ()
+
+
+class Interleaved:
+    """Times variants in rounds: each runs once a round, from a start that moves by one with every round.
+
+    Args:
+        variants: name -> callable. What it returns is kept until its clock has stopped, so freeing it is not timed.
+        arguments: (name, round) -> the arguments of that call, made outside the timed region; here fresh data and
+            cold weights come in. Warm-up rounds have negative numbers.
+        synchronize: called before each reading of the clock (torch.cuda.synchronize for a GPU).
+        clock: nanoseconds.
+    """
+
+    def __init__(
+        self,
+        variants: Mapping[str, Callable[..., Any]],
+        *,
+        arguments: Callable[[str, int], tuple[Any, ...]] = _no_arguments,
+        synchronize: Callable[[], object] | None = None,
+        clock: Callable[[], int] = time.perf_counter_ns,
+    ) -> None:
+        if not variants:
+            raise ValueError("variants: expected at least one, got none")
+        self.variants = dict(variants)
+        self.samples: dict[str, list[int]] = {name: [] for name in self.variants}
+        self.rounds = 0
+        self._arguments = arguments
+        self._synchronize = synchronize or (lambda: None)
+        self._clock = clock
+
+    def _time(self, name: str, round: int) -> int:
+        args = self._arguments(name, round)
+        fn = self.variants[name]
+        self._synchronize()
+        start = self._clock()
+        kept = fn(*args)
+        self._synchronize()
+        elapsed = self._clock() - start
+        del kept
+        return elapsed
+
+    def warm_up(self, rounds: int = 1) -> None:
+        """Run every variant `rounds` times without keeping the samples."""
+        for r in range(-rounds, 0):
+            for name in self.variants:
+                self._time(name, r)
+
+    def round(self) -> None:
+        """Time every variant once."""
+        names = list(self.variants)
+        first = self.rounds % len(names)
+        for name in names[first:] + names[:first]:
+            self.samples[name].append(self._time(name, self.rounds))
+        self.rounds += 1
+
+    def run(
+        self, *, seconds: float = 2.0, min_rounds: int = 5, max_rounds: int = 100, warm_up: int = 1
+    ) -> dict[str, Timing]:
+        """Warm up, then rounds until `seconds` have passed or max_rounds are done, but min_rounds at least."""
+        if not 1 <= min_rounds <= max_rounds:
+            raise ValueError(f"min_rounds: expected 1..max_rounds={max_rounds}, got {min_rounds}")
+        if warm_up < 0:
+            raise ValueError(f"warm_up: expected a number >= 0, got {warm_up}")
+        self.warm_up(warm_up)
+        start = self._clock()
+        while self.rounds < min_rounds or (self.rounds < max_rounds and self._clock() - start < seconds * 1e9):
+            self.round()
+        return self.timings()
+
+    def timings(self) -> dict[str, Timing]:
+        """What was measured so far."""
+        return {name: Timing(tuple(samples)) for name, samples in self.samples.items() if samples}
+
+
+def storage_bytes(tree: Any) -> int:
+    """Bytes of the tensors in a pytree."""
+    return sum(t.numel() * t.element_size() for t in pytree.tree_leaves(tree) if isinstance(t, torch.Tensor))
+
+
+def cold_copies(tree: _Tree, *, cache_bytes: int | None = None) -> list[_Tree]:
+    """Enough copies of a pytree of weights that, used in turn, each is out of the last-level cache when it comes round.
+
+    In a model, the other layers' weights have passed through the cache between two uses of a layer's. Together the
+    copies take at least twice `cache_bytes` (default: this machine's); the first one is `tree` itself.
+    """
+    cache = last_level_cache() if cache_bytes is None else cache_bytes
+    size = storage_bytes(tree)
+    count = max(1, -(-2 * cache // size)) if size else 1
+
+    def copy(t: torch.Tensor) -> torch.Tensor:
+        return t.detach().clone().requires_grad_(t.requires_grad)
+
+    return [tree] + [pytree.tree_map_only(torch.Tensor, copy, tree) for _ in range(count - 1)]
