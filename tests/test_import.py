@@ -5,9 +5,9 @@ import sys
 
 PROBE = """
 import time, torch
-start = time.perf_counter()
+start = time.process_time()
 import dyncore
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 import sys
 heavy = [m for m in ( "transformers", "matplotlib", "rich", "typer", "sklearn", "scipy",
                      "dyncore.nn", "dyncore.measure", "dyncore.cli", "torch._dynamo", "torch._inductor")
