@@ -25,7 +25,7 @@ void check_offsets(const int32_t* offsets, int64_t groups, int64_t capacity) {
 }
 
 // Throws unless min and max of values[0:count] lie in [0, limit).
-void check_range(const char* name, const int32_t* values, int64_t count, int64_t limit) {
+void check_range(const char* name, const char* what, const int32_t* values, int64_t count, int64_t limit) {
   if (count == 0) return;
   int32_t low = values[0], high = values[0];
   for (int64_t i = 1; i < count; ++i) {
@@ -33,7 +33,7 @@ void check_range(const char* name, const int32_t* values, int64_t count, int64_t
     high = std::max(high, values[i]);
   }
   if (low < 0 || high >= limit)
-    throw std::out_of_range(std::string(name) + ": expected values in [0, " + to_string(limit) +
+    throw std::out_of_range(std::string(name) + ": expected " + what + " in [0, " + to_string(limit) +
                             "), got values from " + to_string(low) + " to " + to_string(high));
 }
 
@@ -138,14 +138,14 @@ void topk(const Score* scores, int64_t batch, int64_t sequence, int64_t k, const
 void check_plan(const Plan& plan, int64_t row_limit, bool uses_inverse) {
   check_offsets(plan.offsets, plan.groups, plan.capacity);
   const int64_t live = plan.live();
-  check_range("plan.rows", plan.rows, live, row_limit);
+  check_range("plan.rows", "rows", plan.rows, live, row_limit);
   if (!uses_inverse) return;
   bool rising = plan.row_offsets[0] == 0;
   for (int64_t t = 0; t < plan.num_rows; ++t) rising = rising && plan.row_offsets[t] <= plan.row_offsets[t + 1];
   if (!rising || plan.row_offsets[plan.num_rows] != live)
     throw std::invalid_argument("plan.row_offsets: expected non-decreasing offsets from 0 to the " + to_string(live) +
                                 " live slots, got an end of " + to_string(plan.row_offsets[plan.num_rows]));
-  check_range("plan.row_slots", plan.row_slots, live, live);
+  check_range("plan.row_slots", "slots", plan.row_slots, live, live);
 }
 
 int64_t count_mask(const bool* mask, int64_t size) {
