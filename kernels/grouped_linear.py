@@ -35,6 +35,8 @@ class Config(NamedTuple):
 # Reasons: up to 16 rows a group the weights are streamed once, so a long BK in several stages keeps many bytes in
 # flight and no wider BM is paid for; in between BM = 64 is the smallest tile of Hopper's wgmma; above, the largest
 # tile whose accumulator fits the registers without spills (tests/kernels compiles every line and looks).
+# On sm_90 the large half tile takes 96 KB and 128 registers a thread, so that two programs share a multiprocessor and
+# one's epilogue hides behind the other's products.
 # Chosen by these counts, not by a stopwatch: they have not been timed on a GPU yet.
 FEW, SOME, MANY = 16, 96, 2**31
 IEEE = [(FEW, Config(16, 64, 32, 4, 3)), (MANY, Config(64, 64, 16, 8, 3))]

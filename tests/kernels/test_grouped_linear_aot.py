@@ -143,6 +143,8 @@ def test_every_configuration(compile_for, arch, arithmetic, size, scatter):
     check_tensor_cores(arch, arithmetic, product)
     check_wide_loads(product)
     assert [b.name for b in rest] == (["combine_kernel"] if scatter else [])
+    for combine in rest:
+        check_fits(arch, combine)
 
 
 @pytest.mark.parametrize("size", ["few", "many"])
