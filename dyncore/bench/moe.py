@@ -145,17 +145,17 @@ def synthetic(
     return _point("zipf" if skew else "random", experts, groups, width, hidden, dtype, backward=backward)
 
 
-def replayed(width: int | None, hidden: int | None, dtype: torch.dtype, *, backward: bool = False) -> Point:
-    """The experts that the trained mixture of experts of examples/digits.py chose, at its widths (None) or others.
+def replayed(widths: tuple[int, int] | None, dtype: torch.dtype, *, backward: bool = False) -> Point:
+    """The experts that the trained mixture of experts of examples/digits.py chose, at its (H, I) (None) or others.
 
     At its own widths the whole model fits in a cache, so weights are warm there.
     """
     routing = recorded()
     layers = [layer for layer in routing.layers if layer.expert is not None]
     experts = [layer.expert for layer in layers if layer.expert is not None]
-    own = width is None or hidden is None
-    sizes = (routing.width, routing.expert_width) if own else (width, hidden)
-    return _point("digits", experts, layers[0].num_groups, *sizes, dtype, backward=backward, cold=not own)
+    width, hidden = widths or (routing.width, routing.expert_width)
+    groups = layers[0].num_groups
+    return _point("digits", experts, groups, width, hidden, dtype, backward=backward, cold=widths is not None)
 
 
 def points(size: str) -> Iterator[Point]:
@@ -165,7 +165,7 @@ def points(size: str) -> Iterator[Point]:
         yield synthetic(32, 4, 32, 48, f32)
         yield synthetic(32, 4, 32, 48, bf16)
         yield synthetic(32, 4, 32, 48, f32, backward=True)
-        yield replayed(16, 16, f32)
+        yield replayed((16, 16), f32)
         return
     for dtype in (f32, bf16):
         yield synthetic(512, 64, 512, 1024, dtype)
@@ -173,8 +173,8 @@ def points(size: str) -> Iterator[Point]:
     for rows in (1, 16, 64):
         yield synthetic(rows, 8, 512, 1024, f32)
     yield synthetic(512, 8, 512, 1024, f32, backward=True)
-    yield replayed(None, None, f32)
-    yield replayed(512, 1024, f32)
+    yield replayed(None, f32)
+    yield replayed((512, 1024), f32)
     if size == "full":
         yield synthetic(4096, 8, 1024, 2048, f32)
         yield synthetic(4096, 8, 1024, 2048, bf16)
@@ -184,5 +184,5 @@ def points(size: str) -> Iterator[Point]:
         yield synthetic(512, 64, 512, 1024, f32, skew=1.0)
         for dtype in (f32, bf16):
             yield synthetic(512, 64, 512, 1024, dtype, backward=True)
-        yield replayed(512, 1024, bf16)
-        yield replayed(512, 1024, f32, backward=True)
+        yield replayed((512, 1024), bf16)
+        yield replayed((512, 1024), f32, backward=True)

@@ -21,6 +21,11 @@ def shape_text(record: dict[str, Any]) -> str:
     return " ".join(f"{letter}={size}" for letter, size in record["shape"].items())
 
 
+def _dtype(record: dict[str, Any]) -> str:
+    dtype: str = record["dtype"]
+    return _DTYPES.get(dtype, dtype)
+
+
 def _phase(record: dict[str, Any]) -> str:
     return "fwd" if record["phase"] == "forward" else "fwd+bwd"
 
@@ -43,7 +48,7 @@ def cells(record: dict[str, Any]) -> list[str]:
         record["mechanism"],
         record["input"],
         shape_text(record),
-        _DTYPES.get(record["dtype"], record["dtype"]),
+        _dtype(record),
         _phase(record),
         f"{record['keep_ratio']:.3g}",
         f"{flops['executed'] / 1e9:.3g}",
@@ -104,7 +109,7 @@ def one_line(record: dict[str, Any]) -> str:
     """What is printed when a point is done."""
     against = ", ".join(f"{x:.2f}x {RIVALS[name][0]}" for name, x in record["against"].items())
     return (
-        f"{record['mechanism']} {record['input']} {shape_text(record)} {_DTYPES.get(record['dtype'], record['dtype'])} "
+        f"{record['mechanism']} {record['input']} {shape_text(record)} {_dtype(record)} "
         f"{_phase(record)} keep {record['keep_ratio']:.3g}: {milliseconds(record['variants']['dyncore'])} ms, {against}"
     )
 
