@@ -135,7 +135,7 @@ def compare(models: dict[str, Vit], data: Digits, seconds: float = 2.0) -> None:
     images = data.test
     timings = dc.measure.Interleaved({n: lambda m=m: m(images) for n, m in models.items()}).run(seconds=seconds)
     flops = {name: dc.measure.flops(model, images) for name, model in models.items()}
-    print(f"\nforward of {len(images)} test images, {torch.get_num_threads()} threads")
+    print(f"\nforward of {len(images)} test images, {torch.get_num_threads()} thread(s)")
     print(f"{'model':20}{'accuracy':>9}{'MFLOP/image':>13}{'FLOPs x':>9}{'ms':>8}{'time x':>8}{'SE':>6}")
     for name, model in models.items():
         fewer = flops["dense"] / flops[name]
@@ -149,7 +149,7 @@ def compare(models: dict[str, Vit], data: Digits, seconds: float = 2.0) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="products this small gain nothing from a second one")
     parser.add_argument("--record", type=Path, metavar="FILE", help="write the routing that dyncore bench replays")
