@@ -103,9 +103,7 @@ def expect_like(name: str, y: object, x: Tensor) -> Tensor:
     if not isinstance(y, Tensor):
         raise TypeError(f"{name}: expected a module that returns a Tensor, got {type(y).__name__}")
     if y.shape != x.shape:
-        raise ValueError(
-            f"{name}: expected an output of the shape of its input, {list(x.shape)}, got {list(y.shape)}"
-        )
+        raise ValueError(f"{name}: expected an output of the shape of its input, {list(x.shape)}, got {list(y.shape)}")
     return y.to(x.dtype)
 
 
@@ -115,19 +113,26 @@ def expect_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
     return str(value)
 
 
-def changed(x: Tensor, y: Tensor, scale: Tensor | None, returns: str) -> Tensor:
-    """Rows x [R, D] moved by scale [R] towards an "output" y, or by an "update" y; at scale 1 exactly y, or x + y."""
+def changed(x: Tensor, y: Tensor, scale: Tensor | None, used: Tensor | None, returns: str) -> Tensor:
+    """Rows x [R, D] moved by scale [R] towards an "output" y, or by an "update" y; at scale 1 exactly y, or x + y.
+
+    Where `used` [R] is given, the result and the scale of other rows are of no use, and a NaN there harms no gradient.
+    """
     if scale is None:
         return y if returns == "output" else x + y
+    if used is not None:
+        scale = torch.where(used, scale, 0)
     scale = scale[:, None].to(torch.promote_types(x.dtype, torch.float32))
     wide_x, wide_y = x.to(scale.dtype), y.to(scale.dtype)
     out = torch.lerp(wide_x, wide_y, scale) if returns == "output" else wide_x + scale * wide_y
     return out.to(x.dtype)
 
 
-def merge(x: Tensor, live: Tensor, y: Tensor, plan: Plan, mask: Tensor, returns: str) -> Tensor:
+def merge(x: Tensor, live: Tensor, y: Tensor, plan: Plan, mask: Tensor, used: Tensor | None, returns: str) -> Tensor:
     """x [T, D] with the rows of `mask` [T] changed by y [A, D], computed from `live` [A, D]; the others exactly x."""
-    out = scatter_rows(changed(live, y, plan.scale, returns), dataclasses.replace(plan, scale=None))
+    if used is None and not plan.exact:
+        used = torch.arange(plan.num_slots, device=x.device) < plan.offsets[-1]
+    out = scatter_rows(changed(live, y, plan.scale, used, returns), dataclasses.replace(plan, scale=None))
     return torch.where(mask[:, None], out, x)
 
 

@@ -62,11 +62,11 @@ class Skip(DynamicLayer):
         if mode() == "masked" or everything(plan):
             live = rows if everything(plan) else torch.where(flat[:, None], rows, 0)
             y = self._apply_module(live, row_shape)
-            y = changed(live, y, None if scale is None else scale.reshape(-1), self.returns)
+            y = changed(live, y, None if scale is None else scale.reshape(-1), flat, self.returns)
             out = torch.where(flat[:, None], y, rows)
         else:
             live = gather_rows(rows, plan)
-            out = merge(rows, live, self._apply_module(live, row_shape), plan, flat, self.returns)
+            out = merge(rows, live, self._apply_module(live, row_shape), plan, flat, None, self.returns)
         return out.view(x.shape)
 
     def _apply_module(self, live: Tensor, row_shape: torch.Size) -> Tensor:

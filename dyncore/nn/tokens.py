@@ -90,16 +90,17 @@ class _TokenLayer(DynamicLayer):
             whole = even and count == seq
             live = x if whole else torch.where(mask[:, :, None], x, 0)
             y = self._call(live, None, None if whole else mask, x).reshape(rows.shape)
-            y = changed(live.reshape(rows.shape), y, None if scale is None else scale.reshape(-1), self.returns)
+            scale = None if scale is None else scale.reshape(-1)
+            y = changed(live.reshape(rows.shape), y, scale, None if whole else flat, self.returns)
             return (y if whole else torch.where(flat[:, None], y, rows)).view(x.shape)
-        live, alive = gather_rows(rows, plan), None
+        live, used = gather_rows(rows, plan), None
         if not even:
-            alive = flat.index_select(0, plan.rows)
-            live = torch.where(alive[:, None], live, 0)
-            alive = alive.view(batch, count)
+            used = flat.index_select(0, plan.rows)
+            live = torch.where(used[:, None], live, 0)
         positions = (plan.rows % seq).view(batch, count)
+        alive = None if used is None else used.view(batch, count)
         y = self._call(live.view(batch, count, width), positions, alive, x).reshape(live.shape)
-        return merge(rows, live, y, plan, flat, self.returns).view(x.shape)
+        return merge(rows, live, y, plan, flat, used, self.returns).view(x.shape)
 
     def _call(self, tokens: Tensor, positions: Tensor | None, live: Tensor | None, x: Tensor) -> Tensor:
         if not tokens.numel():
@@ -137,9 +138,7 @@ class TokenSkip(_TokenLayer):
     Raises ValueError where the block or the mask does not fit.
     """
 
-    def __init__(
-        self, block: nn.Module, gate: Gating, attention: str = "selected", *, returns: str = "output"
-    ) -> None:
+    def __init__(self, block: nn.Module, gate: Gating, attention: str = "selected", *, returns: str = "output") -> None:
         super().__init__(block, returns)
         self.gate = gate
         self.attention = expect_choice("attention", attention, ATTENTION)

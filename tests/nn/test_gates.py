@@ -1,0 +1,157 @@
+"""Gates: what is open, how much it counts, what gradient comes back, and thresholds that move."""
+
+import pytest
+import torch
+from torch import nn
+
+import dyncore as dc
+from tests.nn.oracle import D
+
+
+def probabilities(gate, x):
+    return torch.sigmoid(nn.functional.linear(x, gate.score.weight, gate.score.bias))[..., 0]
+
+
+def test_threshold_opens_above_it_with_the_probability_as_scale():
+    gate, x = dc.nn.ThresholdGate(D, 0.6), torch.randn(3, 50, D)
+    mask, scale, count = gate(x)
+    p = probabilities(gate, x)
+    assert torch.equal(mask, p > 0.6)
+    assert count is None
+    torch.testing.assert_close(scale, p)
+
+
+def test_straight_through_is_one_forward_and_soft_backward():
+    gate, x = dc.nn.StraightThroughGate(D), torch.randn(40, D)
+    mask, scale, _ = gate(x)
+    assert torch.equal(scale, mask.float())
+    weights = torch.randn(40)
+    got = torch.autograd.grad((scale * weights).sum(), gate.score.weight)[0]
+    want = torch.autograd.grad((probabilities(gate, x) * weights).sum(), gate.score.weight)[0]
+    torch.testing.assert_close(got, want)
+
+
+def test_no_weight_means_no_scale():
+    assert dc.nn.ThresholdGate(D, weight="none")(torch.randn(4, D)).scale is None
+
+
+@pytest.mark.parametrize("capacity", [0.25, 5, 0.0, 0, 1.0, 100])
+def test_topk_opens_the_highest(capacity):
+    gate, x = dc.nn.TopKGate(D, capacity), torch.randn(3, 20, D)
+    mask, scale, count = gate(x)
+    p = probabilities(gate, x)
+    k = round(20 * capacity) if isinstance(capacity, float) else min(capacity, 20)
+    assert count == k
+    assert gate.capacity == capacity
+    assert mask.sum(1).tolist() == [k] * 3
+    for b in range(3):
+        assert set(mask[b].nonzero()[:, 0].tolist()) == set(p[b].topk(k).indices.tolist())
+    torch.testing.assert_close(scale, p)
+
+
+def test_topk_of_samples_ranks_the_batch():
+    gate = dc.nn.TopKGate(3, 2, pool=dc.nn.gates.pool_spatial)
+    mask, _, count = gate(torch.randn(6, 3, 4, 4))
+    assert mask.shape == (6,)
+    assert int(mask.sum()) == count == 2
+
+
+def test_gumbel_opens_with_the_probability_it_was_given_in_training_only():
+    gate = dc.nn.GumbelGate(1)
+    nn.init.constant_(gate.score.weight, 0.0)
+    nn.init.constant_(gate.score.bias, 1.0)
+    x = torch.zeros(20000, 1)
+    frequency = float(gate(x).mask.float().mean())
+    assert abs(frequency - torch.sigmoid(torch.tensor(1.0)).item()) < 0.015
+    gate.eval()
+    assert gate(x).mask.all()
+
+
+def test_gumbel_gradient_is_that_of_the_tempered_sigmoid():
+    gate, x = dc.nn.GumbelGate(D, temperature=0.5).eval(), torch.randn(30, D)
+    got = torch.autograd.grad(gate(x).scale.sum(), gate.score.weight)[0]
+    logits = gate.score(x)[:, 0]
+    want = torch.autograd.grad(torch.sigmoid(logits / 0.5).sum(), gate.score.weight)[0]
+    torch.testing.assert_close(got, want)
+
+
+def test_lower_temperature_makes_samples_harder():
+    gate, x = dc.nn.GumbelGate(D, weight="soft"), torch.randn(2000, D)
+    spread = []
+    for temperature in (2.0, 0.1):
+        gate.temperature = temperature
+        p = gate(x).scale
+        spread.append(float((p * (1 - p)).detach().mean()))
+    assert spread[1] < 0.25 * spread[0]
+
+
+def test_two_logits_are_skip_and_keep():
+    score = nn.Linear(D, 2)
+    x = torch.randn(25, D)
+    mask = dc.nn.ThresholdGate(score)(x).mask
+    assert torch.equal(mask, torch.softmax(score(x), -1)[:, 1] > 0.5)
+
+
+def test_thresholds_move_at_run_time_without_a_retrace():
+    gate, x = dc.nn.ThresholdGate(D), torch.randn(200, D)
+    layer = dc.nn.Skip(dc.nn.MLP(D, 24), gate)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    keep = []
+    with torch.no_grad():
+        for threshold in (0.0, 0.45, 0.55, 1.0):
+            gate.threshold = threshold
+            torch.testing.assert_close(compiled(x), layer(x))
+            keep.append(float(layer.last_cost.mean()))
+    assert keep[0] == 1.0
+    assert keep[-1] == 0.0
+    assert keep == sorted(keep, reverse=True)
+    assert len(set(keep)) == 4
+    assert len(graphs) == 1
+
+
+def test_threshold_is_saved_with_the_model():
+    gate, fresh = dc.nn.ThresholdGate(D), dc.nn.ThresholdGate(D)
+    gate.threshold = 0.25
+    fresh.load_state_dict(gate.state_dict())
+    assert float(fresh.threshold) == 0.25
+    assert "threshold=0.25" in repr(fresh)
+
+
+def test_scores_are_float32_under_autocast_and_in_half_precision():
+    gate, x = dc.nn.ThresholdGate(D), torch.randn(500, D).bfloat16()
+    want = gate(x.float()).scale
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(gate(x).scale, want)
+    half = dc.nn.ThresholdGate(D).bfloat16()
+    got = half(x).scale
+    assert got.dtype == torch.float32
+    score = half.score
+    torch.testing.assert_close(got, torch.sigmoid(x.float() @ score.weight.float()[0] + score.bias.float()))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: dc.nn.ThresholdGate("16"), TypeError, "score: expected a width .* got str"),
+        (lambda: dc.nn.ThresholdGate(D, weight="x"), ValueError, "weight: expected one of hard, soft, none, got 'x'"),
+        (lambda: dc.nn.GumbelGate(D, 0.0), ValueError, "temperature: expected a number > 0, got 0.0"),
+        (lambda: dc.nn.TopKGate(D, 1.5), ValueError, "capacity: expected a float ratio in 0..1 .* got 1.5"),
+        (lambda: dc.nn.TopKGate(D, float("nan")), ValueError, "capacity: expected a float ratio in 0..1 .* got nan"),
+        (lambda: dc.nn.TopKGate(D, -1), ValueError, "capacity: expected .* an int count >= 0, got -1"),
+        (lambda: dc.nn.TopKGate(D, True), TypeError, "capacity: expected a float ratio or an int count, got bool"),
+        (
+            lambda: dc.nn.ThresholdGate(nn.Linear(D, 3))(torch.randn(4, D)),
+            ValueError,
+            r"score: expected logits \[..., 1\] or \[..., 2\], got shape \[4, 3\]",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

@@ -1,0 +1,143 @@
+"""What holds for every layer: the same in each mode, true skipping, compile, copies, autocast, odd and empty sizes."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import dyncore as dc
+from tests.nn.oracle import LAYERS, D, flops, run
+from tests.support import assert_gradients, assert_values
+
+
+@pytest.fixture(params=LAYERS)
+def build(request):
+    return LAYERS[request.param]
+
+
+def same(a, b, dtype=torch.float64):
+    assert_values(a.out, b.out, dtype)
+    assert a.grads.keys() == b.grads.keys()
+    for name, grad in a.grads.items():
+        assert (grad is None) == (b.grads[name] is None), name
+        if grad is not None:
+            assert_gradients(grad, b.grads[name], dtype, name)
+
+
+@pytest.mark.parametrize("shape", [(3, 13), (1, 63), (2, 1)], ids=str)
+def test_sparse_equals_masked_in_values_and_gradients(build, shape):
+    layer = build().double()
+    x = torch.randn(*shape, D, dtype=torch.float64)
+    same(run(layer, x, "sparse"), run(layer, x, "masked"))
+
+
+def test_sparse_equals_masked_with_the_kernels(build):
+    layer = build()
+    x = torch.randn(3, 13, D)
+    assert_values(run(layer, x, "sparse").out, run(layer, x, "masked").out)
+    assert_gradients(run(layer, x, "sparse").grads["x"], run(layer, x, "masked").grads["x"], torch.float32)
+
+
+def test_auto_equals_sparse(build):
+    layer = build().double()
+    x = torch.randn(3, 13, D, dtype=torch.float64)
+    same(run(layer, x, "auto"), run(layer, x, "sparse"))
+
+
+def test_fewer_flops_than_masked(build):
+    layer, x = build(), torch.randn(3, 13, D)
+    sparse, masked = flops(lambda: layer(x)), flops(lambda: layer(x), "masked")
+    assert 0 < sparse < 0.8 * masked
+
+
+def test_every_parameter_gets_a_gradient(build):
+    grads = run(build(), torch.randn(3, 13, D)).grads
+    for name, grad in grads.items():
+        assert grad is not None, name
+        assert grad.abs().sum() > 0, name
+
+
+def test_compiles_into_one_graph_with_the_same_result(build):
+    layer, x = build().double(), torch.randn(3, 13, D, dtype=torch.float64)
+    eager = run(layer, x, "sparse")
+    cost = layer.last_cost.detach()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    got = run(compiled, x, "sparse")
+    assert_values(got.out, eager.out)
+    for name, grad in eager.grads.items():
+        assert_gradients(got.grads["x" if name == "x" else f"_orig_mod.{name}"], grad, torch.float64, name)
+    assert torch.equal(layer.last_cost.detach(), cost)
+
+
+def test_copies_pickles_and_loads_after_a_forward(build):
+    layer, x = build(), torch.randn(2, 9, D)
+    want = run(layer, x).out
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert twin.last_plan is None
+        assert twin.last_cost is None
+        assert torch.equal(run(twin, x).out, want)
+    fresh = build()
+    fresh.load_state_dict(layer.state_dict(), strict=True)
+    assert torch.equal(run(fresh, x).out, want)
+    assert layer.state_dict().keys() == dict(fresh.state_dict()).keys()
+
+
+def test_autocast_stays_near_float32(build):
+    layer, x = build(), torch.randn(3, 13, D)
+    want = run(layer, x).out
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = run(layer, x)
+    assert (got.out.float() - want).square().mean().sqrt() < 2e-2 * want.square().mean().sqrt()
+    assert got.grads["x"].dtype == torch.float32
+
+
+def test_works_in_bfloat16(build):
+    layer, x = build().bfloat16(), torch.randn(3, 13, D).bfloat16()
+    twin = copy.deepcopy(layer).double()
+    got, want = run(layer, x), run(twin, x.double())
+    assert got.out.dtype == torch.bfloat16
+    assert torch.equal(layer.last_cost.float(), twin.last_cost.float())  # routers are in float32: no choice moves
+    assert (got.out.double() - want.out).square().mean().sqrt() < 2e-2 * want.out.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)], ids=str)
+@pytest.mark.parametrize("mode", ["sparse", "masked", "auto"])
+def test_no_rows_at_all(build, shape, mode):
+    layer = build()
+    got = run(layer, torch.randn(*shape, D), mode)
+    assert got.out.shape == (*shape, D)
+    assert layer.last_cost.shape == shape
+    for name, grad in got.grads.items():
+        assert grad is None or not grad.any(), name
+    for name, loss in layer.losses().items():
+        assert torch.isfinite(loss), name
+
+
+def test_cost_is_the_density_of_the_plan(build):
+    layer = build()
+    run(layer, torch.randn(3, 13, D))
+    plan, cost = layer.last_plan, layer.last_cost.detach()
+    assert cost.shape == (3, 13)
+    density = int(plan.offsets[-1]) / (plan.num_rows * plan.num_groups)
+    assert float(cost.mean()) == pytest.approx(density, rel=1e-6)
+    per_row = (plan.row_offsets[1:] - plan.row_offsets[:-1]).view(3, 13) / plan.num_groups
+    torch.testing.assert_close(cost, per_row.to(cost.dtype))
+
+
+def test_forty_repeats_are_bit_identical(build):
+    layer, x = build(), torch.randn(3, 13, D)
+    first = run(layer, x)
+    for _ in range(40):
+        again = run(layer, x)
+        assert torch.equal(again.out, first.out)
+        assert all(torch.equal(again.grads[name], grad) for name, grad in first.grads.items() if grad is not None)
+
+
+def test_losses_and_costs_are_collected_by_layer_name():
+    model = torch.nn.Sequential(LAYERS["moe"](), torch.nn.Linear(D, D), LAYERS["skip"]())
+    model(torch.randn(2, 5, D))
+    assert set(dc.nn.collect_losses(model)) == {"0.load_balance", "0.router_z"}
+    costs = dc.nn.collect_costs(model)
+    assert set(costs) == {"0", "2"}
+    assert all(c.shape == (2, 5) for c in costs.values())
