@@ -16,9 +16,9 @@ def tokens(*shape):
 
 
 def ragged():
-    """All of one sequence, none of the next, some of the third."""
+    """Most of one sequence, none of the next, some of the third."""
     mask = torch.zeros(B, S, dtype=torch.bool)
-    mask[0] = True
+    mask[0, 3:] = True
     mask[2, [1, 4, 5, 9]] = True
     return mask
 
