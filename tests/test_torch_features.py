@@ -1,0 +1,100 @@
+"""What PyTorch offers around an op, on the whole chain from gate to rows: export, checkpointing, inductor, large data."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import dyncore as dc
+
+
+class SkippedMLP(nn.Module):
+    """x + MLP(x) where the score is positive."""
+
+    def __init__(self, width=16, hidden=24):
+        super().__init__()
+        self.score = nn.Linear(width, 1)
+        self.w_in = nn.Parameter(torch.randn(1, hidden, width) * width**-0.5)
+        self.w_out = nn.Parameter(torch.randn(1, width, hidden) * hidden**-0.5)
+
+    def forward(self, x):
+        score = self.score(x).squeeze(-1)
+        plan = dc.select(score > 0, score.sigmoid())
+        return dc.grouped_mlp(x, self.w_in, self.w_out, plan=plan, residual=x)
+
+
+def gradients(model, out):
+    return torch.autograd.grad(out.square().sum(), list(model.parameters()))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_runs_with_another_batch_and_another_mask(strict):
+    model = SkippedMLP().eval()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    exported = torch.export.export(model, (torch.randn(4, 7, 16),), dynamic_shapes={"x": {0: batch}}, strict=strict)
+    graphs = [m.graph for m in exported.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
+    assert any("dyncore.grouped_mlp" in str(node.target) for graph in graphs for node in graph.nodes)
+    for size in (3, 9):
+        x = torch.randn(size, 7, 16)
+        torch.testing.assert_close(exported.module()(x), model(x))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("mode", ["sparse", "masked"])
+def test_activation_checkpointing_gives_the_same_gradients(mode, use_reentrant):
+    model, x = SkippedMLP(), torch.randn(5, 7, 16, requires_grad=True)
+    with dc.execution(mode):
+        want = gradients(model, model(x))
+        got = gradients(model, checkpoint(model, x, use_reentrant=False)) if not use_reentrant else None
+        if use_reentrant:  # the re-entrant form supports backward() alone
+            checkpoint(model, x, use_reentrant=True).square().sum().backward()
+            got = [p.grad for p in model.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.slow
+def test_inductor_gives_the_same_values_and_gradients_without_recompiling_for_another_mask():
+    model = SkippedMLP()
+    compiled = torch.compile(model, fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            x = torch.randn(5, 7, 16)
+            got, want = compiled(x), model(x)
+            torch.testing.assert_close(got, want)
+            for a, b in zip(gradients(model, got), gradients(model, want), strict=True):
+                torch.testing.assert_close(a, b)
+
+
+def test_second_derivatives_are_refused():
+    model, x = SkippedMLP(), torch.randn(5, 16, requires_grad=True)
+    with dc.execution("sparse"):
+        (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_elements():
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pages that nobody writes cost no memory
+    rows, width = 70_000, 32_768
+    x = torch.empty(rows, width, dtype=torch.bfloat16)
+    assert x.numel() > 2**31
+    chosen = torch.tensor([1, 65_000, rows - 1])
+    x[chosen] = torch.randn(3, width).bfloat16()
+    mask = torch.zeros(rows, dtype=torch.bool)
+    mask[chosen] = True
+    plan = dc.select(mask)
+    assert torch.equal(dc.gather_rows(x, plan), x[chosen])
+    weight = (torch.randn(1, 8, width) * width**-0.5).bfloat16().requires_grad_()
+    x.requires_grad_()
+    out = dc.grouped_linear(x, weight, plan=plan)
+    want = x.detach()[chosen].float() @ weight.detach()[0].float().t()
+    torch.testing.assert_close(out[chosen].float(), want, rtol=2e-2, atol=2e-2)
+    assert not out[~mask].any()
+    grad = torch.randn(out.shape).bfloat16()
+    dx, dweight = torch.autograd.grad(out, [x, weight], grad)
+    torch.testing.assert_close(dx[chosen].float(), grad[chosen].float() @ weight[0].float(), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(
+        dweight[0].float(), grad[chosen].float().t() @ x.detach()[chosen].float(), rtol=2e-2, atol=5e-2
+    )
+    assert not dx[2:64_999:1000].any()
