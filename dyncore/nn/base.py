@@ -151,9 +151,13 @@ class DynamicLayer(nn.Module):
     last_cost: Tensor | None = None
     _transient: tuple[str, ...] = ("last_plan", "last_cost")
 
-    def _record(self, plan: Plan, cost: Tensor) -> None:
+    def _record(self, plan: Plan, cost: Tensor, **others: Tensor | None) -> None:
+        if torch.compiler.is_exporting():  # an exported graph has no layer to keep a record in
+            return
         self.last_plan = plan
         self.last_cost = cost
+        for name, value in others.items():
+            setattr(self, name, value)
 
     def losses(self) -> dict[str, Tensor]:
         """Auxiliary losses of the latest forward, unweighted scalars by name."""

@@ -100,9 +100,8 @@ class MoE(DynamicLayer):
         if logits.shape != (rows.shape[0], self.num_experts):
             raise ValueError(f"router: expected logits [T, {self.num_experts}], got {list(logits.shape)}")
         plan = self._route(torch.softmax(logits, dim=-1))
-        self._logits = logits
         slots = plan.row_offsets[1:] - plan.row_offsets[:-1]
-        self._record(plan, (slots.float() / self.num_experts).view(x.shape[:-1]))
+        self._record(plan, (slots.float() / self.num_experts).view(x.shape[:-1]), _logits=logits)
         return grouped_mlp(
             x,
             self.w_in,

@@ -223,11 +223,11 @@ class MixtureOfDepths(Capacity, Movable, _TokenLayer):
         count = self.kept(x.shape[1])
         plan = select_topk(scores, count, scale)
         mask = live_rows(plan).view(scores.shape)
-        self._record(plan, mask.to(scores.dtype))
-        self._auxiliary = None
+        auxiliary = None
         if self.training and self.inference != "topk":
             logits = scores if self.inference == "threshold" else self._predict(x.detach())
-            self._auxiliary = F.binary_cross_entropy_with_logits(logits, mask.to(logits.dtype))
+            auxiliary = F.binary_cross_entropy_with_logits(logits, mask.to(logits.dtype))
+        self._record(plan, mask.to(scores.dtype), _auxiliary=auxiliary)
         return self._run(x, mask, scale, plan, count, even=True)
 
     def _predict(self, x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 import dyncore as dc
 from tests.nn.oracle import LAYERS, D, flops, run
@@ -68,6 +69,30 @@ def test_compiles_into_one_graph_with_the_same_result(build):
     for name, grad in eager.grads.items():
         assert_gradients(got.grads["x" if name == "x" else f"_orig_mod.{name}"], grad, torch.float64, name)
     assert torch.equal(layer.last_cost.detach(), cost)
+
+
+def test_exports_without_leaving_a_trace(build):
+    layer, x = build(), torch.randn(3, 13, D)
+    exported = torch.export.export(layer, (x,)).module()
+    assert layer.last_plan is None
+    assert layer.last_cost is None
+    assert layer.losses() == {}
+    assert_values(exported(x), layer(x))
+
+
+def test_one_compiled_graph_serves_every_length(build):
+    layer = build()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for shape in ((3, 13), (2, 9), (5, 31)):
+        x = torch.randn(*shape, D)
+        assert_values(compiled(x), layer(x))
+
+
+def test_checkpointing_gives_the_same_gradients(build):
+    layer, x = build(), torch.randn(3, 13, D, requires_grad=True)
+    (want,) = torch.autograd.grad(layer(x).sum(), x)
+    (got,) = torch.autograd.grad(torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False).sum(), x)
+    assert torch.equal(got, want)
 
 
 def test_copies_pickles_and_loads_after_a_forward(build):
