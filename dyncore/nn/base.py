@@ -130,7 +130,9 @@ def changed(x: Tensor, y: Tensor, scale: Tensor | None, used: Tensor | None, ret
 
 def merge(x: Tensor, live: Tensor, y: Tensor, plan: Plan, mask: Tensor, used: Tensor | None, returns: str) -> Tensor:
     """x [T, D] with the rows of `mask` [T] changed by y [A, D], computed from `live` [A, D]; the others exactly x."""
-    if used is None and not plan.exact:
+    if plan.exact and used is None:  # every slot is a row of its own: one pass over x, where scatter and where take two
+        return x.index_copy(0, plan.rows.long(), changed(live, y, plan.scale, None, returns))
+    if used is None:
         used = torch.arange(plan.num_slots, device=x.device) < plan.offsets[-1]
     out = scatter_rows(changed(live, y, plan.scale, used, returns), dataclasses.replace(plan, scale=None))
     return torch.where(mask[:, None], out, x)
