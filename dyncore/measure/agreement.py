@@ -18,10 +18,12 @@ def errors(value: Tensor, reference: Tensor) -> tuple[float, float]:
     if not value.numel():
         return 0.0, 0.0
     value, reference = value.detach().double(), reference.detach().double()
-    rms = float(reference.square().mean().sqrt())
+    finite = reference[reference.isfinite()]
+    rms = float(finite.square().mean().sqrt()) if finite.numel() else 0.0
     same = (value == reference) | (value.isnan() & reference.isnan())
     difference = torch.where(same, 0.0, (value - reference).abs())
-    largest = float(torch.nan_to_num(difference / reference.abs().clamp(min=rms), nan=torch.inf).max())
+    relative = torch.where(same, 0.0, difference / reference.abs().clamp(min=rms))
+    largest = float(torch.nan_to_num(relative, nan=torch.inf).max())
     if largest == 0:
         return 0.0, 0.0
     return largest, float(difference.square().mean().sqrt()) / rms if rms else float("inf")

@@ -108,6 +108,19 @@ class Savings:
         return "\n".join(lines)
 
 
+def _gradients(roots: list[Tensor], grads: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
+    """Gradients of the leaves, whose .grad is left as it was. (The FLOP counter of modules refuses autograd.grad.)"""
+    kept = [t.grad for t in leaves]
+    for t in leaves:
+        t.grad = None
+    try:
+        torch.autograd.backward(roots, grads)
+        return [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves]
+    finally:
+        for t, grad in zip(leaves, kept, strict=True):
+            t.grad = grad
+
+
 _Run = Callable[[], tuple[list[Tensor], list[Tensor]]]
 
 
@@ -123,8 +136,7 @@ def _runner(module: Callable[..., Any], inputs: tuple[Any, ...], mode: str, back
                 return outputs, []
             roots = [t for t in outputs if t.requires_grad]
             ones = [torch.ones_like(t) for t in roots]
-            grads = torch.autograd.grad(roots, leaves, ones, allow_unused=True)
-            return outputs, [torch.zeros_like(t) if g is None else g for g, t in zip(grads, leaves, strict=True)]
+            return outputs, _gradients(roots, ones, leaves)
 
     return run
 

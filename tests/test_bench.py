@@ -1,0 +1,208 @@
+"""The bench: right numbers first, then times; every file is written; what fails is said."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+
+import dyncore as dc
+from dyncore.bench import MECHANISMS, moe, points, token_skipping
+from dyncore.bench.contest import Contest, Point, Variant, check, measure
+from dyncore.bench.routing import load_routing
+from dyncore.measure import read_results
+
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+from dyncore import cli
+from dyncore.bench import page, plots, table
+
+QUICK = {"seconds": 0, "min_rounds": 2}
+
+
+@pytest.fixture(scope="module")
+def small_caches():
+    """Few copies of cold weights, so that tests of many points stay small."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dyncore.measure.timing.last_level_cache", lambda: 2**16)
+        yield
+
+
+@pytest.fixture(scope="module")
+def records(small_caches):
+    """The tiny sweep."""
+    measured = [measure(point, **QUICK) for point in points(size="tiny")]
+    assert not [error for _, errors in measured for error in errors]
+    return [record for record, _ in measured]
+
+
+def test_every_mechanism_has_points_of_every_size_and_names_are_found():
+    for name in MECHANISMS:
+        assert all(point.mechanism == name for size in ("tiny", "quick", "full") for point in points([name], size))
+    assert {p.mechanism for p in points()} == set(MECHANISMS)
+    assert {p.dtype for p in points(dtype=torch.bfloat16)} == {torch.bfloat16}
+
+
+def test_the_quick_sweep_holds_what_it_promises():
+    labels = [str(point) for point in points()]
+    for keep in ("0.125", "0.25", "0.5", "0.75", "1"):
+        assert f"token-skipping random T=4096 H=1024 I=4096 float32 keep={keep} forward" in labels
+    assert "moe random T=512 E=64 K=2 H=512 I=1024 float32 keep=0.03125 forward" in labels
+    assert any("digits" in label and "moe" in label for label in labels)
+    assert any("digits" in label and "token-skipping" in label for label in labels)
+    assert any("forward+backward" in label for label in labels)
+
+
+def test_flops_of_records_are_the_hand_counts(records):
+    for record in records:
+        s, factor = record["shape"], 3 if record["phase"] == "forward+backward" else 1
+        slots = record["keep_ratio"] * s["T"] * s.get("E", 1)
+        per_slot = 2 * s["H"] * s["I"] * (3 if record["mechanism"] == "moe" else 2)
+        assert record["flops"]["executed"] == pytest.approx(factor * slots * per_slot)
+        assert record["flops"]["dense"] == factor * s["T"] * s.get("E", 1) * per_slot
+
+
+def test_ratios_of_records_follow_from_their_medians(records):
+    for record in records:
+        ms = {name: variant["median_ms"] for name, variant in record["variants"].items()}
+        assert record["wall_clock_speedup"] == pytest.approx(ms["dense"] / ms["dyncore"])
+        assert record["against"]["naive"] == pytest.approx(ms["naive"] / ms["dyncore"])
+        assert record["flop_speedup"] == pytest.approx(record["flops"]["dense"] / record["flops"]["executed"])
+        assert record["se"] == pytest.approx(record["wall_clock_speedup"] / record["flop_speedup"])
+        assert all(len(v["samples_ns"]) >= 2 for v in record["variants"].values())
+    json.dumps(records, allow_nan=False)
+
+
+def rigged(**variants):
+    """A point whose dyncore and dense variants double x, with more variants beside them."""
+    double = Variant(lambda x, w: x * w, lambda x, w: x * w, (torch.tensor([2.0]),))
+    contest = Contest(
+        {"dyncore": double, "dense": double, **{n: dataclasses.replace(double, **v) for n, v in variants.items()}},
+        [(torch.randn(16),)],
+        cold=False,
+    )
+    return Point("rigged", "random", {"T": 16}, torch.float32, 1.0, lambda: contest)
+
+
+def test_a_rival_with_wrong_numbers_has_no_time():
+    record, errors = measure(rigged(naive={"run": lambda x, w: x * w * 1.001}), **QUICK)
+    assert set(record["variants"]) == {"dyncore", "dense"}
+    assert [e["variant"] for e in errors] == ["naive"]
+    assert "output: largest error" in errors[0]["message"]
+
+
+@pytest.mark.parametrize("name", ["dyncore", "dense"])
+def test_no_record_is_made_of_wrong_numbers(name):
+    record, errors = measure(rigged(**{name: {"run": lambda x, w: x * w + 0.01}}), **QUICK)
+    assert record is None
+    assert [e["variant"] for e in errors] == [name]
+
+
+def test_a_wrong_gradient_is_found():
+    bent = lambda x, w: x * w + (x - x.detach()) * 0.01  # noqa: E731  right value, wrong gradient
+    double = Variant(bent, lambda x, w: x * w, (torch.tensor([2.0]),))
+    contest = Contest({"dyncore": double}, [(torch.randn(16),)], backward=True, cold=False)
+    _, wrong, _ = check(contest)
+    assert wrong["dyncore"].startswith("gradient 0: ")
+
+
+def test_a_rival_that_cannot_run_is_unavailable_and_dyncore_failing_is_an_error():
+    def fails(x, w):
+        raise RuntimeError("not on this machine\nmore")
+
+    record, errors = measure(rigged(grouped_mm={"run": fails}), **QUICK)
+    assert record["unavailable"] == {"grouped_mm": "RuntimeError: not on this machine"}
+    assert not errors
+    record, errors = measure(rigged(dyncore={"run": fails}), **QUICK)
+    assert record is None
+    assert errors[0]["message"] == "RuntimeError: not on this machine"
+
+
+def test_inputs_turn_with_the_round_and_weights_with_the_call(small_caches):
+    masks = token_skipping.random_masks(64, 0.5)
+    contest = token_skipping.contest(masks, 32, 128, torch.float32)
+    arguments = contest.arguments()
+    first, second, again = (arguments("dyncore", r) for r in (0, 1, 3))
+    assert torch.equal(first[1], masks[0])
+    assert torch.equal(second[1], masks[1])
+    assert torch.equal(again[1], masks[0])
+    weights = {a[2].data_ptr() for a in (first, second, again, arguments("naive", 0))}
+    assert len(weights) == 4  # rivals share the rotation, so nobody finds another's weights in the cache
+
+
+def test_masks_keep_the_exact_share_and_experts_are_distinct():
+    assert {int(mask.sum()) for mask in token_skipping.random_masks(100, 0.125)} == {12}
+    for expert in moe.random_experts(50, 8, 2):
+        assert expert.shape == (50, 2)
+        assert (expert[:, 0] != expert[:, 1]).all()
+
+
+def test_a_skew_of_one_is_the_law_of_zipf():
+    first = torch.cat(moe.random_experts(4096, 8, 1, skew=1.0))
+    shares = torch.bincount(first.flatten(), minlength=8) / first.numel()
+    expected = 1 / torch.arange(1, 9)
+    assert torch.allclose(shares, expected / expected.sum(), atol=0.02)
+
+
+def test_the_loop_and_the_dense_rival_of_moe_are_the_same_function():
+    contest = moe.contest(moe.random_experts(20, 4, 2), 4, 8, 12, torch.float64)
+    args = (*contest.inputs[0], *contest.variants["dyncore"].weights)
+    assert torch.allclose(moe.naive(*args), moe.dense(*args))
+    assert not torch.allclose(moe.naive(*args), torch.zeros(20, 8).double())
+
+
+def test_plots_are_images_and_the_page_needs_no_network(records, tmp_path):
+    written = plots.write_plots(tmp_path, records)
+    assert set(written) == {name + theme for name in ("speedup", "keep", "moe") for theme in ("", "-dark")}
+    assert all((tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in written)
+    results = {"records": records, "errors": [], "interrupted": False, "command": "dyncore bench", "created": "now"}
+    text = page.page(results | {"environment": dc.measure.environment()}, written)
+    assert len(re.findall(r'"data:image/png;base64,[^"]{1000,}"', text)) == 6
+    assert not re.findall(r"https?://", text)
+    assert text.count("<tr>") == len(records) + 1
+    assert "prefers-color-scheme: dark" in text
+    assert 'name="viewport"' in text
+
+
+def test_losing_points_are_shown_like_the_others(records):
+    lost = json.loads(json.dumps(records[0]))
+    lost["against"]["naive"], lost["wall_clock_speedup"] = 0.5, 0.25
+    assert "0.50" in table.cells(lost)
+    assert "0.25" in table.cells(lost)
+    (sentence,) = table.summary({"records": [lost]})
+    assert "naive at 0 of 1 (median 0.50x)" in sentence
+
+
+def test_the_page_escapes_what_it_is_given(records):
+    errors = [{"point": "<p>", "variant": "naive", "message": "<script>"}]
+    results = {"records": records, "errors": errors, "interrupted": True, "command": "<b>", "created": "now"}
+    text = page.page(results | {"environment": dc.measure.environment()}, {})
+    assert "<script>" not in text
+    assert "&lt;script&gt;" in text
+    assert "Interrupted" in text
+
+
+def test_the_bench_ends_with_an_error_on_wrong_numbers(small_caches, monkeypatch, tmp_path, capsys):
+    real = token_skipping.ours
+    monkeypatch.setattr(token_skipping, "ours", lambda *args: real(*args) * 1.001)
+    assert cli.main(["bench", "token-skipping", "--tiny", "--dtype", "fp32", "--out", str(tmp_path)]) == 1
+    results = read_results(tmp_path / "results.json")
+    assert not results["records"]
+    assert {e["variant"] for e in results["errors"]} == {"dyncore"}
+    assert "error: token-skipping" in capsys.readouterr().err
+
+
+def test_routing_of_another_schema_or_size_is_refused(tmp_path):
+    path = tmp_path / "routing.json"
+    path.write_text('{"schema": "other"}')
+    with pytest.raises(ValueError, match=r"path: expected a routing of schema dyncore\.routing/1"):
+        load_routing(path)
+    document = {"schema": "dyncore.routing/1", "source": "", "command": "", "width": 1, "expert_width": 1}
+    path.write_text(json.dumps(document | {"layers": [{"name": "a", "rows": 17, "selected": "ff"}]}))
+    with pytest.raises(ValueError, match="selected: expected the bits of 17 rows, got 8"):
+        load_routing(path)
+    layer = {"name": "a", "rows": 1, "groups": 2, "top_k": 1, "expert": "02"}
+    path.write_text(json.dumps(document | {"layers": [layer]}))
+    with pytest.raises(ValueError, match="expert: expected 1 x 1 indices below 2"):
+        load_routing(path)

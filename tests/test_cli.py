@@ -1,0 +1,136 @@
+"""The command line, run as a user runs it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import dyncore
+from dyncore.measure import read_results
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def run(*args, command=(sys.executable, "-m", "dyncore"), **kwargs):
+    return subprocess.run([*command, *args], capture_output=True, text=True, timeout=300, env=ENVIRONMENT, **kwargs)
+
+
+def without(packages, *args):
+    """`dyncore *args` where `packages` cannot be imported."""
+    code = f"import sys\nfor p in {packages!r}: sys.modules[p] = None\n"
+    code += f"from dyncore.cli import main\nsys.exit(main({list(args)!r}))"
+    return run(command=(sys.executable, "-c", code))
+
+
+def test_env_says_versions_threads_and_every_backend():
+    done = run("env")
+    assert done.returncode == 0
+    for word in (dyncore.__version__, torch.__version__, "instruction set", "threads", "GPU"):
+        assert word in done.stdout
+    for backend in ("reference", "cpu", "triton"):
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith(f"backend {backend}")]
+        assert "available" in line
+        assert "not available" not in line or ":" in line  # with its reason
+
+
+def test_env_as_json():
+    env = json.loads(run("env", "--json").stdout)
+    assert env["versions"]["dyncore"] == dyncore.__version__
+    assert env["threads"] == 1
+
+
+def test_env_needs_torch_alone():
+    done = without(["rich", "matplotlib", "sklearn", "typer", "numpy", "triton", "dyncore._C"], "env")
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("backend cpu")]
+    assert "not available: " in line
+
+
+@pytest.mark.parametrize("missing", [["rich"], ["matplotlib"], ["rich", "matplotlib"]])
+def test_bench_names_the_pip_command_of_a_missing_extra(missing):
+    done = without(missing, "bench", "--tiny")
+    assert done.returncode == 1
+    assert done.stderr == f"dyncore bench needs {' and '.join(missing)}: pip install 'dyncore[bench]'\n"
+
+
+def test_help_has_examples_and_all_options():
+    done = run("bench", "--help")
+    assert done.returncode == 0
+    for word in ("--quick", "--full", "--threads", "--dtype", "--out", "token-skipping", "examples:", "Ctrl-C"):
+        assert word in done.stdout
+    assert "--tiny" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["bench", "cooking"], "unknown name 'cooking', expected token-skipping or moe"),
+        (["bench", "--threads", "0"], "argument --threads: expected a whole number >= 1, got '0'"),
+        (["bench", "--threads", "two"], "argument --threads: expected a whole number >= 1, got 'two'"),
+        (["bench", "--dtype", "int8"], "argument --dtype: expected one of float32, fp32, bfloat16, bf16, got 'int8'"),
+        (["bench", "--seconds", "-1"], "argument --seconds: expected a number above 0, got '-1'"),
+        (["bench", "--seconds", "nan"], "argument --seconds: expected a number above 0, got 'nan'"),
+        (["bench", "--quick", "--full"], "argument --full: not allowed with argument --quick"),
+        (["bench", "--out", __file__], "argument --out: expected a folder, "),
+        (["sing"], "argument command: invalid choice: 'sing'"),
+        ([], "the following arguments are required: command"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_status_2(args, message):
+    done = run(*args)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_bench_from_end_to_end_writes_all_files_and_a_table(tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "new" / "folder"
+    done = run("bench", "--tiny", "--threads", "1", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    images = {name + theme + ".png" for name in ("speedup", "keep", "moe") for theme in ("", "-dark")}
+    assert {p.name for p in out.iterdir()} == {"results.json", "index.html"} | images
+    results = read_results(out / "results.json")
+    assert results["command"].startswith("dyncore bench --tiny --threads 1")
+    assert results["environment"]["threads"] == 1
+    assert not results["interrupted"]
+    assert {r["mechanism"] for r in results["records"]} == {"token-skipping", "moe"}
+    assert {r["input"] for r in results["records"]} == {"random", "digits"}
+    assert done.stdout.count("token-skipping") == 7  # six rows of the table and a sentence
+    assert "faster than dense" in done.stdout
+    assert str(out / "index.html") in done.stdout
+
+
+def test_names_and_dtype_choose_points(tmp_path):
+    pytest.importorskip("matplotlib")
+    done = run("bench", "moe", "--tiny", "--dtype", "bf16", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "bench-results").iterdir()
+    results = read_results(folder / "results.json")
+    assert {(r["mechanism"], r["dtype"]) for r in results["records"]} == {("moe", "bfloat16")}
+
+
+def test_ctrl_c_keeps_what_was_measured(tmp_path):
+    pytest.importorskip("matplotlib")
+    command = [sys.executable, "-m", "dyncore", "bench", "--tiny", "--seconds", "2", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "results.json").exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    results = read_results(tmp_path / "results.json")
+    assert results["interrupted"]
+    assert 1 <= len(results["records"]) < 10
+    assert f"Interrupted after {len(results['records'])} of 10 points; what was measured is in" in err
+    assert "Traceback" not in err
+    assert "token-skipping" in out
+    assert (tmp_path / "index.html").exists()
