@@ -1,6 +1,7 @@
 """dyncore: conditional computation that pays. Plans, ops, layers and the instruments that measure them."""
 
 import importlib
+from typing import TYPE_CHECKING
 
 import torch as _torch  # noqa: F401  # first, so that the C++ kernels share its OpenMP runtime
 
@@ -9,6 +10,9 @@ from dyncore import ops
 from dyncore.execution import execution
 from dyncore.ops import gather_rows, grouped_linear, grouped_mlp, scatter_rows
 from dyncore.plan import Plan, route, route_mask, select, select_topk
+
+if TYPE_CHECKING:
+    from dyncore import measure, nn
 
 __version__ = "0.1.0"
 

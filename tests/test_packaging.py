@@ -29,7 +29,9 @@ def run(*command, cwd=ROOT, **env):
 
 
 def build_wheel(source, out):
-    run(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-q", "-w", str(out), ".", cwd=source)
+    run(
+        sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-q", "-w", str(out), ".", cwd=source
+    )
     (wheel,) = out.glob("dyncore-*.whl")
     return wheel
 
