@@ -89,7 +89,7 @@ class _TokenLayer(DynamicLayer):
         if mode() == "masked" or count == seq:
             whole = even and count == seq
             live = x if whole else torch.where(mask[:, :, None], x, 0)
-            y = self._call(live, None, None if whole else mask, x).reshape(rows.shape)
+            y = self._call(live, None, None if whole else mask, None if whole else x).reshape(rows.shape)
             scale = None if scale is None else scale.reshape(-1)
             y = changed(live.reshape(rows.shape), y, scale, None if whole else flat, self.returns)
             return (y if whole else torch.where(flat[:, None], y, rows)).view(x.shape)
@@ -102,10 +102,10 @@ class _TokenLayer(DynamicLayer):
         y = self._call(live.view(batch, count, width), positions, alive, x).reshape(live.shape)
         return merge(rows, live, y, plan, flat, used, self.returns).view(x.shape)
 
-    def _call(self, tokens: Tensor, positions: Tensor | None, live: Tensor | None, x: Tensor) -> Tensor:
+    def _call(self, tokens: Tensor, positions: Tensor | None, live: Tensor | None, context: Tensor | None) -> Tensor:
         if not tokens.numel():
             return linked(tokens, self.block)
-        protocol = {"positions": positions, "live": live, "context": x if self._all_keys else None}
+        protocol = {"positions": positions, "live": live, "context": context if self._all_keys else None}
         return expect_like("block", self.block(tokens, **{name: protocol[name] for name in self._names}), tokens)
 
     def extra_repr(self) -> str:

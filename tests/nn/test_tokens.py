@@ -88,6 +88,7 @@ def test_keep_one_is_exactly_the_dense_block(mode):
         want = dense(x)
         everyone = torch.ones(B, S, dtype=torch.bool)
         assert torch.equal(dc.nn.TokenSkip(dense, Fixed(everyone))(x), want)
+        assert torch.equal(dc.nn.TokenSkip(dense, Fixed(everyone), "all_keys")(x), want)
         assert torch.equal(dc.nn.TokenSkip(dense, dc.nn.StraightThroughGate(D, -1.0))(x), want)
         router = nn.Linear(D, 1)
         nn.init.zeros_(router.weight)
