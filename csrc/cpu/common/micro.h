@@ -102,9 +102,21 @@ constexpr int DR = 4, DC = 4;  // rows and columns of the dot form's tile
 constexpr int DR = 2, DC = 4;
 #endif
 
+// Weights that the dot form will need next: fetched into the L2 cache while it works on the present ones.
+template <class T>
+struct Ahead {
+  const T* at[DC];
+  int count;
+
+  DYNCORE_INLINE void fetch(int64_t k) const {
+    for (int i = 0; i < count; ++i) __builtin_prefetch(at[i] + k, 0, 2);
+  }
+};
+
 // c[r][j] = sum_k a[r][k] * b[j][k] for R rows and C columns.
 template <int R, int C, class T>
-inline __attribute__((noinline)) void dot_tile(const T* const* a, const T* const* b, int64_t depth, float* c) {
+inline __attribute__((noinline)) void dot_tile(const T* const* a, const T* const* b, int64_t depth, float* c,
+                                               const Ahead<T>& ahead) {
   vf acc[R][C];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
@@ -114,6 +126,7 @@ inline __attribute__((noinline)) void dot_tile(const T* const* a, const T* const
 #if defined(__AVX512BF16__)
   if constexpr (sizeof(T) == 2) {
     for (; k + 2 * VL <= depth; k += 2 * VL) {
+      ahead.fetch(k);
       __m512bh w[C];
 #pragma GCC unroll 4
       for (int j = 0; j < C; ++j) w[j] = (__m512bh)_mm512_loadu_si512(b[j] + k);
@@ -127,6 +140,7 @@ inline __attribute__((noinline)) void dot_tile(const T* const* a, const T* const
   }
 #endif
   for (; k + VL <= depth; k += VL) {
+    ahead.fetch(k);
     vf w[C];
 #pragma GCC unroll 4
     for (int j = 0; j < C; ++j) w[j] = load(b[j] + k);
