@@ -69,7 +69,6 @@ def _parser() -> argparse.ArgumentParser:
         "give the same numbers. Prints a table; writes results.json, plots and index.html. Ctrl-C keeps what was "
         "measured.",
         epilog="examples: dyncore bench --quick | dyncore bench moe --full --dtype bf16 --threads 1 --out results",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     bench.add_argument("names", nargs="*", metavar="name", help="token-skipping, moe (default: both)")
     size = bench.add_mutually_exclusive_group()

@@ -118,11 +118,12 @@ def record(models: dict[str, Vit], data: Digits, command: str) -> Routing:
     for model in models.values():
         model(data.test[:RECORDED_IMAGES])
         for name, layer in model.named_modules():
+            plan = layer.last_plan if isinstance(layer, (MixtureOfDepths, MoE)) else None
+            if plan is None:
+                continue
             if isinstance(layer, MixtureOfDepths):
-                plan = layer.last_plan
                 layers.append(Layer(name, mask=plan.row_offsets.diff() > 0))
-            elif isinstance(layer, MoE):
-                plan = layer.last_plan
+            else:
                 experts = plan.groups()[plan.row_slots].view(plan.num_rows, TOP_K)  # the slots of each row, in order
                 layers.append(Layer(name, expert=experts, num_groups=EXPERTS))
     source = f"vision transformers on {RECORDED_IMAGES} images of sklearn.datasets.load_digits, {TOKENS} tokens each"

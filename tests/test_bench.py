@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -206,3 +209,17 @@ def test_routing_of_another_schema_or_size_is_refused(tmp_path):
     path.write_text(json.dumps(document | {"layers": [layer]}))
     with pytest.raises(ValueError, match="expert: expected 1 x 1 indices below 2"):
         load_routing(path)
+
+
+def test_the_benchmarks_run_under_pytest_and_leave_a_record_of_every_sample(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "pytest", "benchmarks/bench_gather_rows.py", "-k", "512 and 256", "-q"]
+    command += ["--benchmark-only", "--benchmark-max-time=0.01", "--results", str(tmp_path)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = read_results(tmp_path / "gather_rows.json")
+    assert results["command"] == "pytest benchmarks/bench_gather_rows.py --benchmark-only"
+    (record,) = results["records"]
+    counts = {name: len(variant["samples_ns"]) for name, variant in record["variants"].items()}
+    assert counts["naive"] == counts["dense"] == counts["dyncore"] >= 5

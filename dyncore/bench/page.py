@@ -16,11 +16,12 @@ _STYLE = """
 @media (prefers-color-scheme: dark) { :root { --paper: #0d1117; --ink: #e6edf3; --lines: #30363d; --band: #161b22;
   --gain: #56d364; --loss: #ff7b72 } }
 body { background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; margin: 0 auto;
-  max-width: 76rem; padding: 1rem }
+  max-width: 84rem; padding: 1rem }
 img { display: block; max-width: 100%; height: auto; margin: .5rem 0 }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
-td, th { border-bottom: 1px solid var(--lines); padding: .25rem .5rem; text-align: right; white-space: nowrap }
+td, th { border-bottom: 1px solid var(--lines); padding: .25rem .4rem; text-align: right; vertical-align: bottom }
+td { white-space: nowrap }
 td:nth-child(-n+5), th:nth-child(-n+5) { text-align: left }
 tbody tr:nth-child(even) { background: var(--band) }
 .gain { color: var(--gain) } .loss { color: var(--loss) }

@@ -131,14 +131,10 @@ def keep_plot(records: _Records, theme: str) -> Figure | None:
     curves = _curves(records)
     if not curves:
         return None
-    columns = min(2, len(curves))
-    rows = -(-len(curves) // columns)
-    figure = _figure(4.8 * columns, 4.0 * rows, theme)
-    panels = figure.subplots(rows, columns, squeeze=False).flat
-    for axes, ((mechanism, _, shape, dtype, phase), of) in zip(panels, curves.items(), strict=False):
+    figure = _figure(6.4, 3.8 * len(curves), theme)  # one column: readable on a phone
+    panels = figure.subplots(len(curves), squeeze=False).flatten()
+    for axes, ((mechanism, _, shape, dtype, phase), of) in zip(panels, curves.items(), strict=True):
         _curve(axes, f"{mechanism}, {shape}, {dtype}, {phase}", of, theme)
-    for axes in list(panels):
-        axes.set_visible(False)
     return figure
 
 

@@ -13,7 +13,7 @@ RIVALS = {  # record name -> (heading, what it is)
     "dense": ("dense", "the same layer without skipping; for MoE, every expert on every row"),
     "naive": ("naive", "PyTorch as one writes it: index_select, linear, index_add; for MoE, a loop over the experts"),
     "grouped_mm": ("grouped_mm", "torch.nn.functional.grouped_mm on gathered rows"),
-    "equal_flops": ("= FLOPs", "a static dense MLP of equal active FLOPs, another function"),
+    "equal_flops": ("equal FLOPs", "a static dense MLP of equal active FLOPs, another function"),
 }
 
 
