@@ -18,9 +18,7 @@ char* allocate(size_t bytes) {
   const size_t alignment = bytes >= kHugePage ? kHugePage : 64;
   void* block = nullptr;
   if (posix_memalign(&block, alignment, (bytes + alignment - 1) / alignment * alignment) != 0) throw std::bad_alloc();
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (alignment == kHugePage) madvise(block, bytes, MADV_HUGEPAGE);  // advice: where refused, small pages serve
-#endif
+  prefer_huge_pages(block, bytes);
   return static_cast<char*>(block);
 }
 
@@ -34,6 +32,17 @@ struct Kept {
 thread_local Kept kept;
 
 }  // namespace
+
+void prefer_huge_pages(void* buffer, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(buffer) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(buffer) + bytes) / kHugePage * kHugePage;
+  if (buffer != nullptr && first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#else
+  static_cast<void>(buffer);
+  static_cast<void>(bytes);
+#endif
+}
 
 size_t rounded_bytes(size_t bytes) {
   // One odd cache line more, so that buffers of 4096-byte multiples do not fall into the same cache sets.

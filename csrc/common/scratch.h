@@ -25,4 +25,8 @@ class Scratch {
 // What `bytes` take up of a block.
 size_t rounded_bytes(size_t bytes);
 
+// Asks for huge pages where a large buffer that has just been allocated is about to be written for the first time: a
+// fresh 64 MB costs 16384 page faults otherwise. Advice: it changes no content, and the system may decline.
+void prefer_huge_pages(void* buffer, size_t bytes);
+
 }  // namespace dyncore

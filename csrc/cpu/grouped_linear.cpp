@@ -89,6 +89,8 @@ void run(const GroupedLinear& op) {
   f.scratch = TeamScratch::plan<T>(threads, op.k, op.scatter ? live : largest_group(op.plan));
   Scratch scratch(rounded_bytes(f.scratch.bytes()));
   f.scratch.place(scratch.take(f.scratch.bytes()));
+  prefer_huge_pages(op.out, (op.scatter ? op.plan.num_rows : op.plan.capacity) * op.n * sizeof(T));
+  prefer_huge_pages(op.pre, op.plan.capacity * op.n * sizeof(T));
   zero_slots_from(static_cast<T*>(op.pre), live, op.plan.capacity, op.n);
   if (!op.scatter) zero_slots_from(static_cast<T*>(op.out), live, op.plan.capacity, op.n);
   parallel(threads, body<T>, &f);

@@ -167,6 +167,8 @@ void run(const GroupedLinearBackward& op) {
   b.partials = static_cast<float*>(take(partial_bytes));
   b.scratch.place(scratch.take(b.scratch.bytes()));
   if (!op.gather) zero_slots_from(static_cast<T*>(op.dx), live, op.plan.capacity, op.k);
+  prefer_huge_pages(op.dx, (op.gather ? op.plan.num_rows : op.plan.capacity) * op.k * sizeof(T));
+  prefer_huge_pages(op.dweight, op.plan.groups * op.n * op.k * sizeof(T));
   parallel(threads, body<T>, &b);
 }
 

@@ -105,6 +105,8 @@ void run(const GroupedMlp& op) {
   Scratch scratch(rounded_bytes(hidden_bytes) + rounded_bytes(f.scratch.bytes()));
   f.hidden = static_cast<T*>(scratch.take(hidden_bytes));
   f.scratch.place(scratch.take(f.scratch.bytes()));
+  prefer_huge_pages(op.out, op.plan.num_rows * op.h * sizeof(T));
+  prefer_huge_pages(op.pre, op.plan.capacity * (gated ? 2 * op.i : op.i) * sizeof(T));
   zero_slots_from(static_cast<T*>(op.pre), live, op.plan.capacity, gated ? 2 * op.i : op.i);
   parallel(threads, body<T>, &f);
 }

@@ -204,6 +204,9 @@ void run(const GroupedMlpBackward& op) {
   b.dy_t = static_cast<T*>(take(dy_t_bytes));
   b.partials = static_cast<float*>(take(partial_bytes));
   b.scratch.place(scratch.take(b.scratch.bytes()));
+  prefer_huge_pages(op.dx, op.plan.num_rows * op.h * sizeof(T));
+  prefer_huge_pages(op.dw_in, op.plan.groups * b.width * op.h * sizeof(T));
+  prefer_huge_pages(op.dw_out, op.plan.groups * op.h * op.i * sizeof(T));
   parallel(threads, body<T>, &b);
 }
 

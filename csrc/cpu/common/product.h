@@ -5,10 +5,12 @@
 
 namespace dyncore::DYNCORE_ISA {
 
-// Few rows: packing would cost more than it saves, so the dot form reads the weights as they lie. Measured on Zen 4 with
-// weights in cache (K = 1024, GFLOP/s, dot/packed, 24, 32, 40, 64 rows): float 79/72, 92/80, 88/89, 92/92; bfloat16
-// 192/175, 193/196, 180/202, 194/213. The rows are read again for every 4 columns, so they must stay in the L2 cache.
-constexpr int64_t kDotRows = 36;
+// Below so many rows packing costs more than it saves, and the dot form reads the weights as they lie. Measured on Zen 4
+// (K = N = 1024, weights in cache, dot against packed at 24, 32, 64 rows): float 102/81, 103/90, 92/98 GFLOP/s, bfloat16
+// pairs 192/175, 193/196, 194/213. Without pairs the dot form converts every weight for every 4 rows.
+template <class T>
+constexpr int64_t kDotRows = sizeof(T) == 4 ? 48 : kDotBf16 ? 32 : 12;
+// The rows are read again for every 4 columns, so they must stay in the L2 cache.
 constexpr int64_t kDotBytes = 512 << 10;
 // Depth of a packed panel: 256 KB of float, a quarter of a common L2 cache. Partial sums of deeper products are also
 // more accurate than one long sum.
@@ -172,7 +174,7 @@ inline void product(float* c, Left<T> a, int64_t m, int64_t depth, Right<T> b, i
     std::memset(c, 0, m * NC * sizeof(float));
     return;
   }
-  const bool few = m <= DR || (m < kDotRows && m * depth * static_cast<int64_t>(sizeof(T)) <= kDotBytes);
+  const bool few = m <= DR || (m < kDotRows<T> && m * depth * static_cast<int64_t>(sizeof(T)) <= kDotBytes);
   if (few && b.stride_k == 1 && !b.index) return dot_product(c, a, m, depth, b, n);
   if constexpr (sizeof(T) == 4) {
     if (b.stride_n == 1 && !b.index && n == NC && m <= MR)
