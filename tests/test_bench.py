@@ -148,6 +148,16 @@ def test_a_skew_of_one_is_the_law_of_zipf():
     assert torch.allclose(shares, expected / expected.sum(), atol=0.02)
 
 
+def test_what_token_skipping_is_checked_against_is_the_mlp_where_the_mask_says_so():
+    torch.manual_seed(0)
+    weights = token_skipping.make_weights(8, 16, torch.float64)
+    x, mask = torch.randn(20, 8).double(), torch.arange(20) % 3 == 0
+    w_in, b_in, w_out, b_out = weights
+    everywhere = x + torch.nn.functional.gelu(x @ w_in.t() + b_in) @ w_out.t() + b_out
+    assert torch.allclose(token_skipping.naive(x, mask, *weights), torch.where(mask[:, None], everywhere, x))
+    assert torch.allclose(token_skipping.dense(x, mask, *weights), everywhere)
+
+
 def test_the_loop_and_the_dense_rival_of_moe_are_the_same_function():
     contest = moe.contest(moe.random_experts(20, 4, 2), 4, 8, 12, torch.float64)
     args = (*contest.inputs[0], *contest.variants["dyncore"].weights)

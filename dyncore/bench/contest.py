@@ -17,6 +17,7 @@ from dyncore.measure.savings import realised_saving, scaling_efficiency
 from dyncore.measure.timing import Interleaved, cold_copies
 
 OURS, DENSE = "dyncore", "dense"
+_PATIENCE = 10  # a point that takes this many times its seconds is on a slow machine: three rounds are enough
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,9 +170,7 @@ def check(contest: Contest) -> tuple[Contest, dict[str, str], dict[str, str]]:
     return dataclasses.replace(contest, variants=remaining), wrong, unavailable
 
 
-def measure(
-    point: Point, *, seconds: float, min_rounds: int = 5, max_rounds: int = 100
-) -> tuple[dict[str, Any] | None, list[dict[str, str]]]:
+def measure(point: Point, *, seconds: float, min_rounds: int = 5) -> tuple[dict[str, Any] | None, list[dict[str, str]]]:
     """(record or None, errors) of a point: check, count, time. There is no record without right numbers of dyncore's
     and of dense PyTorch's."""
     contest, wrong, unavailable = check(point.build())
@@ -179,7 +178,7 @@ def measure(
     if OURS in wrong or DENSE in wrong:
         return None, errors
     timer = contest.timer(list(contest.variants))
-    timings = timer.run(seconds=seconds, min_rounds=min_rounds, max_rounds=max_rounds)
+    timings = timer.run(seconds=seconds, min_rounds=min_rounds, limit=_PATIENCE * seconds)
     return make_record(point, contest, {n: t.record() for n, t in timings.items()}, unavailable), errors
 
 

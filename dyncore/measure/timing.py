@@ -7,6 +7,7 @@ round, so that nobody always runs in the caches another left behind.
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -106,16 +107,27 @@ class Interleaved:
         self.rounds += 1
 
     def run(
-        self, *, seconds: float = 2.0, min_rounds: int = 5, max_rounds: int = 100, warm_up: int = 1
+        self,
+        *,
+        seconds: float = 2.0,
+        min_rounds: int = 5,
+        max_rounds: int = 100,
+        warm_up: int = 1,
+        limit: float = math.inf,
     ) -> dict[str, Timing]:
-        """Warm up, then rounds until `seconds` have passed or max_rounds are done, but min_rounds at least."""
+        """Warm up, then rounds until `seconds` have passed or max_rounds are done, but min_rounds at least; past
+        `limit` seconds three rounds are enough."""
         if not 1 <= min_rounds <= max_rounds:
             raise ValueError(f"min_rounds: expected 1..max_rounds={max_rounds}, got {min_rounds}")
         if warm_up < 0:
             raise ValueError(f"warm_up: expected a number >= 0, got {warm_up}")
         self.warm_up(warm_up)
         start = self._clock()
-        while self.rounds < min_rounds or (self.rounds < max_rounds and self._clock() - start < seconds * 1e9):
+        while self.rounds < max_rounds:
+            passed = (self._clock() - start) / 1e9
+            needed = min_rounds if passed < limit else min(3, min_rounds)
+            if self.rounds >= needed and passed >= seconds:
+                break
             self.round()
         return self.timings()
 

@@ -74,6 +74,16 @@ def test_rounds_go_on_until_the_time_is_over():
     assert len(timer.run(seconds=1.0, min_rounds=3, warm_up=0)["a"].samples_ns) == 3
 
 
+def test_past_the_limit_three_rounds_are_enough():
+    clock = Clock()
+    timer = Interleaved({"a": lambda: clock.work(10**9)}, clock=clock)
+    assert len(timer.run(seconds=0.1, min_rounds=9, limit=2.0, warm_up=0)["a"].samples_ns) == 3
+    timer = Interleaved({"a": lambda: clock.work(10**9)}, clock=clock)
+    assert len(timer.run(seconds=0.1, min_rounds=9, limit=5.0, warm_up=0)["a"].samples_ns) == 5
+    timer = Interleaved({"a": lambda: clock.work(10**9)}, clock=clock)
+    assert len(timer.run(seconds=0.1, min_rounds=1, limit=0.0, warm_up=0)["a"].samples_ns) == 1
+
+
 def test_arguments_are_made_outside_the_timed_region():
     clock = Clock()
 
