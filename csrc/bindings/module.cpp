@@ -22,11 +22,19 @@ T* at(Address address) {
 Plan to_plan(const py::tuple& t) {
   const auto number = [&](size_t i) { return t[i].cast<int64_t>(); };
   const auto address = [&](size_t i) { return t[i].cast<Address>(); };
-  return {at<const int32_t>(address(0)), at<const int32_t>(address(1)), at<const float>(address(2)),
-          at<const int32_t>(address(3)), at<const int32_t>(address(4)), number(5), number(6), number(7)};
+  return {at<const int32_t>(address(0)),
+          at<const int32_t>(address(1)),
+          at<const float>(address(2)),
+          at<const int32_t>(address(3)),
+          at<const int32_t>(address(4)),
+          number(5),
+          number(6),
+          number(7)};
 }
 
-Matrix to_matrix(const py::tuple& t) { return {at<void>(t[0].cast<Address>()), t[1].cast<int64_t>()}; }
+Matrix to_matrix(const py::tuple& t) {
+  return {at<void>(t[0].cast<Address>()), t[1].cast<int64_t>()};
+}
 
 Weight to_weight(const py::tuple& t) {
   return {at<const void>(t[0].cast<Address>()), t[1].cast<int64_t>(), t[2].cast<int64_t>(), t[3].cast<int64_t>()};
@@ -48,23 +56,24 @@ void gather_rows(const py::tuple& plan, const py::tuple& x, Address out, int64_t
 
 void scatter_rows(const py::tuple& plan, int dtype, const py::tuple& y, const py::tuple& base, Address out,
                   int64_t width, int threads) {
-  const ScatterRows op{to_plan(plan), Dtype(dtype), to_matrix(y), to_matrix(base), {at<void>(out), width}, width,
-                       threads};
+  const ScatterRows op{to_plan(plan),          Dtype(dtype), to_matrix(y), to_matrix(base),
+                       {at<void>(out), width}, width,        threads};
   launch(&Kernels::scatter_rows, op, op.plan.num_rows, true);
 }
 
 void scatter_rows_backward(const py::tuple& plan, int dtype, const py::tuple& grad, const py::tuple& y, Address dy,
                            Address dscale, int64_t width, int threads) {
-  const ScatterRowsBackward op{to_plan(plan), Dtype(dtype), to_matrix(grad), to_matrix(y),
-                               at<void>(dy),  at<float>(dscale), width,       threads};
+  const ScatterRowsBackward op{to_plan(plan), Dtype(dtype),      to_matrix(grad), to_matrix(y),
+                               at<void>(dy),  at<float>(dscale), width,           threads};
   launch(&Kernels::scatter_rows_backward, op, op.plan.num_rows, false);
 }
 
 void grouped_linear(const py::tuple& plan, int dtype, int activation, bool gather, bool scatter, int64_t n, int64_t k,
                     const py::tuple& x, const py::tuple& weight, const py::tuple& bias, Address out, Address pre,
                     int threads) {
-  const GroupedLinear op{to_plan(plan), Dtype(dtype), Activation(activation), gather,       scatter,     n, k,
-                         to_matrix(x),  to_weight(weight), to_matrix(bias),   at<void>(out), at<void>(pre), threads};
+  const GroupedLinear op{
+      to_plan(plan), Dtype(dtype),      Activation(activation), gather,        scatter,       n,      k,
+      to_matrix(x),  to_weight(weight), to_matrix(bias),        at<void>(out), at<void>(pre), threads};
   launch(&Kernels::grouped_linear, op, op.plan.num_rows, scatter);
 }
 
@@ -72,34 +81,68 @@ void grouped_linear_backward(const py::tuple& plan, int dtype, int activation, b
                              int64_t k, const py::tuple& grad, const py::tuple& x, const py::tuple& weight,
                              const py::tuple& bias, const py::tuple& pre, Address dx, Address dweight, Address dbias,
                              Address dscale, int threads) {
-  const GroupedLinearBackward op{to_plan(plan),   Dtype(dtype),      Activation(activation),
-                                 gather,          scatter,           n,
-                                 k,               to_matrix(grad),   to_matrix(x),
-                                 to_weight(weight), to_matrix(bias), to_matrix(pre),
-                                 at<void>(dx),    at<void>(dweight), at<void>(dbias),
-                                 at<float>(dscale), threads};
+  const GroupedLinearBackward op{to_plan(plan),
+                                 Dtype(dtype),
+                                 Activation(activation),
+                                 gather,
+                                 scatter,
+                                 n,
+                                 k,
+                                 to_matrix(grad),
+                                 to_matrix(x),
+                                 to_weight(weight),
+                                 to_matrix(bias),
+                                 to_matrix(pre),
+                                 at<void>(dx),
+                                 at<void>(dweight),
+                                 at<void>(dbias),
+                                 at<float>(dscale),
+                                 threads};
   launch(&Kernels::grouped_linear_backward, op, op.plan.num_rows, gather && dx);
 }
 
 void grouped_mlp(const py::tuple& plan, int dtype, int activation, int64_t h, int64_t i, const py::tuple& x,
                  const py::tuple& w_in, const py::tuple& w_out, const py::tuple& b_in, const py::tuple& b_out,
                  const py::tuple& residual, Address out, Address pre, int threads) {
-  const GroupedMlp op{to_plan(plan),    Dtype(dtype),    Activation(activation), h,
-                      i,                to_matrix(x),    to_weight(w_in),        to_weight(w_out),
-                      to_matrix(b_in),  to_matrix(b_out), to_matrix(residual),   at<void>(out),
-                      at<void>(pre),    threads};
+  const GroupedMlp op{to_plan(plan),
+                      Dtype(dtype),
+                      Activation(activation),
+                      h,
+                      i,
+                      to_matrix(x),
+                      to_weight(w_in),
+                      to_weight(w_out),
+                      to_matrix(b_in),
+                      to_matrix(b_out),
+                      to_matrix(residual),
+                      at<void>(out),
+                      at<void>(pre),
+                      threads};
   launch(&Kernels::grouped_mlp, op, op.plan.num_rows, true);
 }
 
-void grouped_mlp_backward(const py::tuple& plan, int dtype, int activation, int64_t h, int64_t i,
-                          const py::tuple& grad, const py::tuple& x, const py::tuple& w_in, const py::tuple& w_out,
-                          const py::tuple& b_out, const py::tuple& pre, Address dx, Address dw_in, Address dw_out,
-                          Address db_in, Address db_out, Address dscale, int threads) {
-  const GroupedMlpBackward op{to_plan(plan),   Dtype(dtype),     Activation(activation), h,
-                              i,               to_matrix(grad),  to_matrix(x),           to_weight(w_in),
-                              to_weight(w_out), to_matrix(b_out), to_matrix(pre),        at<void>(dx),
-                              at<void>(dw_in), at<void>(dw_out), at<void>(db_in),        at<void>(db_out),
-                              at<float>(dscale), threads};
+void grouped_mlp_backward(const py::tuple& plan, int dtype, int activation, int64_t h, int64_t i, const py::tuple& grad,
+                          const py::tuple& x, const py::tuple& w_in, const py::tuple& w_out, const py::tuple& b_out,
+                          const py::tuple& pre, Address dx, Address dw_in, Address dw_out, Address db_in,
+                          Address db_out, Address dscale, int threads) {
+  const GroupedMlpBackward op{to_plan(plan),
+                              Dtype(dtype),
+                              Activation(activation),
+                              h,
+                              i,
+                              to_matrix(grad),
+                              to_matrix(x),
+                              to_weight(w_in),
+                              to_weight(w_out),
+                              to_matrix(b_out),
+                              to_matrix(pre),
+                              at<void>(dx),
+                              at<void>(dw_in),
+                              at<void>(dw_out),
+                              at<void>(db_in),
+                              at<void>(db_out),
+                              at<float>(dscale),
+                              threads};
   launch(&Kernels::grouped_mlp_backward, op, op.plan.num_rows, dx != 0);
 }
 
@@ -135,7 +178,9 @@ void make_plan_inverse(const py::tuple& plan) {
   plan_inverse(b);
 }
 
-int64_t count_selected(Address mask, int64_t size) { return count_mask(at<const bool>(mask), size); }
+int64_t count_selected(Address mask, int64_t size) {
+  return count_mask(at<const bool>(mask), size);
+}
 
 int64_t count_routed(Address expert, bool wide, int64_t size, int64_t num_groups) {
   return count_route(at<const void>(expert), wide, size, num_groups);

@@ -80,7 +80,9 @@ const std::vector<Entry>& supported() {
 
 const Entry* selected = nullptr;
 
-const Entry& current() { return selected ? *selected : supported().back(); }
+const Entry& current() {
+  return selected ? *selected : supported().back();
+}
 
 }  // namespace
 
@@ -106,7 +108,11 @@ void select_isa(const std::string& name) {
   throw std::invalid_argument("DYNCORE_CPU_ISA: expected one of " + names + " on this machine, got '" + name + "'");
 }
 
-const std::string& selected_isa() { return current().name; }
-const Kernels& kernels() { return *current().table; }
+const std::string& selected_isa() {
+  return current().name;
+}
+const Kernels& kernels() {
+  return *current().table;
+}
 
 }  // namespace dyncore

@@ -51,7 +51,8 @@ void by_rows(Forward<T>& f, const Team& team) {
   for (int64_t panel; (panel = f.items.next()) < panels_of(op.n);) {
     float* y = f.scratch.results(team.index);
     for (int64_t g = 0; g < op.plan.groups; ++g)
-      if (op.plan.offsets[g] < op.plan.offsets[g + 1]) group_panel(f, panel, g, y + op.plan.offsets[g] * NC, team.index);
+      if (op.plan.offsets[g] < op.plan.offsets[g + 1])
+        group_panel(f, panel, g, y + op.plan.offsets[g] * NC, team.index);
     const int64_t n0 = panel * NC;
     combine_panel(op.plan, y, op.plan.scale, no_base, out, op.n, n0, panel_width(op.n, n0));
   }
@@ -81,10 +82,9 @@ void body(void* context, const Team& team) {
 template <class T>
 void run(const GroupedLinear& op) {
   const int64_t live = op.plan.live();
-  const int threads =
-      useful_threads(op.threads, 2.0 * live * op.n * op.k,
-                     sizeof(T) * (double(groups_with_slots(op.plan)) * op.n * op.k +
-                                  double(op.scatter ? op.plan.num_rows : op.plan.capacity) * op.n));
+  const int threads = useful_threads(op.threads, 2.0 * live * op.n * op.k,
+                                     sizeof(T) * (double(groups_with_slots(op.plan)) * op.n * op.k +
+                                                  double(op.scatter ? op.plan.num_rows : op.plan.capacity) * op.n));
   Forward<T> f{op, {}, {}};
   f.scratch = TeamScratch::plan<T>(threads, op.k, op.scatter ? live : largest_group(op.plan));
   Scratch scratch(rounded_bytes(f.scratch.bytes()));
@@ -98,6 +98,8 @@ void run(const GroupedLinear& op) {
 
 }  // namespace
 
-void grouped_linear(const GroupedLinear& op) { op.dtype == Dtype::float32 ? run<float>(op) : run<bf16>(op); }
+void grouped_linear(const GroupedLinear& op) {
+  op.dtype == Dtype::float32 ? run<float>(op) : run<bf16>(op);
+}
 
 }  // namespace dyncore::DYNCORE_ISA

@@ -120,8 +120,7 @@ void body(void* context, const Team& team) {
     for (int64_t item; (item = b.dy_items.next()) < panels_of(op.n) * groups;)
       dy_panel(b, item / groups, item % groups, team.index);
   team.barrier();
-  if (op.dx && op.gather)
-    fill_empty_rows(op.plan, Matrix{nullptr, 0}, static_cast<T*>(op.dx), op.k, op.k, team);
+  if (op.dx && op.gather) fill_empty_rows(op.plan, Matrix{nullptr, 0}, static_cast<T*>(op.dx), op.k, op.k, team);
   if (op.dx || (b.partials && b.linear))
     for (int64_t panel; (panel = b.dx_items.next()) < panels_of(op.k);) dx_panel(b, panel, team.index);
   if (op.dweight) {
@@ -143,8 +142,19 @@ void body(void* context, const Team& team) {
 template <class T>
 void run(const GroupedLinearBackward& op) {
   const int64_t live = op.plan.live();
-  Backward<T> b{op, op.activation == Activation::none, op.scatter ? op.plan.scale : nullptr, 0, 0, 0, nullptr, nullptr,
-                nullptr, {}, {}, {}, {}};
+  Backward<T> b{op,
+                op.activation == Activation::none,
+                op.scatter ? op.plan.scale : nullptr,
+                0,
+                0,
+                0,
+                nullptr,
+                nullptr,
+                nullptr,
+                {},
+                {},
+                {},
+                {}};
   b.slots_stride = workspace_stride(live);
   b.dy_stride = workspace_stride(op.n);
   b.partial_panels = panels_of(b.linear ? op.k : op.n);

@@ -95,9 +95,9 @@ void run(const GroupedMlp& op) {
   const bool gated = is_gated(op.activation);
   const int64_t live = op.plan.live();
   const int64_t products = (gated ? 3 : 2) * op.h * op.i;
-  const int threads = useful_threads(op.threads, 2.0 * live * products,
-                                     sizeof(T) * (double(groups_with_slots(op.plan)) * products +
-                                                  double(op.plan.num_rows) * op.h));
+  const int threads =
+      useful_threads(op.threads, 2.0 * live * products,
+                     sizeof(T) * (double(groups_with_slots(op.plan)) * products + double(op.plan.num_rows) * op.h));
   const int64_t results = gated && 2 * largest_group(op.plan) > live ? 2 * largest_group(op.plan) : live;
   Forward<T> f{op, gated, workspace_stride(op.i), nullptr, {}, {}, {}};
   f.scratch = TeamScratch::plan<T>(threads, op.h > op.i ? op.h : op.i, results);
@@ -113,6 +113,8 @@ void run(const GroupedMlp& op) {
 
 }  // namespace
 
-void grouped_mlp(const GroupedMlp& op) { op.dtype == Dtype::float32 ? run<float>(op) : run<bf16>(op); }
+void grouped_mlp(const GroupedMlp& op) {
+  op.dtype == Dtype::float32 ? run<float>(op) : run<bf16>(op);
+}
 
 }  // namespace dyncore::DYNCORE_ISA

@@ -166,12 +166,22 @@ void body(void* context, const Team& team) {
   weight_panels(b, team);
 }
 
-int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
+int64_t largest(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
 
 template <class T>
 void run(const GroupedMlpBackward& op) {
-  Backward<T> b{op, is_gated(op.activation), false, false, 0, 0, 0, 0, nullptr, nullptr, nullptr, nullptr, nullptr,
-                {}, {},  {},    {},    {}, {}};
+  Backward<T> b{op,      is_gated(op.activation),
+                false,   false,
+                0,       0,
+                0,       0,
+                nullptr, nullptr,
+                nullptr, nullptr,
+                nullptr, {},
+                {},      {},
+                {},      {},
+                {}};
   const int64_t live = op.plan.live();
   b.width = b.gated ? 2 * op.i : op.i;
   b.need_pre = op.dx || op.dw_in || op.db_in;

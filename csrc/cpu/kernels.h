@@ -1,5 +1,6 @@
 // The CPU kernels as the bindings see them: arguments are raw pointers, sizes and strides (in elements), and one table
-// of functions exists per instruction set. Letters: T rows, A slots, G groups, H model width, I hidden width, N outputs.
+// of functions exists per instruction set. Letters: T rows, A slots, G groups, H model width, I hidden width, N
+// outputs.
 #pragma once
 #include <cstdint>
 
@@ -114,11 +115,11 @@ struct GroupedMlpBackward {
   Matrix grad, x;
   Weight w_in, w_out;
   Matrix b_out, pre;
-  void* dx;      // [T, H] or null
-  void* dw_in;   // [G, I or 2I, H] or null
-  void* dw_out;  // [G, H, I] or null
-  void* db_in;   // [G, I or 2I] or null
-  void* db_out;  // [G, H] or null
+  void* dx;       // [T, H] or null
+  void* dw_in;    // [G, I or 2I, H] or null
+  void* dw_out;   // [G, H, I] or null
+  void* db_in;    // [G, I or 2I] or null
+  void* db_out;   // [G, H] or null
   float* dscale;  // [A] or null
   int threads;
 };

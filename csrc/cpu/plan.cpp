@@ -20,8 +20,8 @@ void check_offsets(const int32_t* offsets, int64_t groups, int64_t capacity) {
   if (rising && offsets[groups] <= capacity) return;
   std::string got;
   for (int64_t g = 0; g <= groups && g < 16; ++g) got += (g ? ", " : "") + to_string(offsets[g]);
-  throw std::invalid_argument("plan.offsets: expected non-decreasing offsets from 0 to at most " +
-                              to_string(capacity) + " slots, got [" + got + (groups > 15 ? ", ...]" : "]"));
+  throw std::invalid_argument("plan.offsets: expected non-decreasing offsets from 0 to at most " + to_string(capacity) +
+                              " slots, got [" + got + (groups > 15 ? ", ...]" : "]"));
 }
 
 // Throws unless min and max of values[0:count] lie in [0, limit).
@@ -202,6 +202,8 @@ void plan_topk(const void* scores, bool wide, int64_t batch, int64_t sequence, i
   }
 }
 
-void plan_inverse(const PlanBuffers& plan) { invert(plan, plan.offsets[plan.groups]); }
+void plan_inverse(const PlanBuffers& plan) {
+  invert(plan, plan.offsets[plan.groups]);
+}
 
 }  // namespace dyncore

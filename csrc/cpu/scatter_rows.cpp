@@ -68,8 +68,7 @@ void backward(void* context, const Team& team) {
 void scatter_rows(const ScatterRows& op) {
   const double bytes = 4.0 * (op.plan.num_rows + op.plan.capacity) * op.width;
   ScatterRows context = op;
-  parallel(useful_threads(op.threads, 0, bytes), op.dtype == Dtype::float32 ? forward<float> : forward<bf16>,
-           &context);
+  parallel(useful_threads(op.threads, 0, bytes), op.dtype == Dtype::float32 ? forward<float> : forward<bf16>, &context);
 }
 
 void scatter_rows_backward(const ScatterRowsBackward& op) {

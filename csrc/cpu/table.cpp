@@ -13,10 +13,9 @@ void grouped_mlp_backward(const GroupedMlpBackward&);
 
 const Kernels& table();
 const Kernels& table() {
-  static const Kernels kernels{gather_rows,    scatter_rows,
-                               scatter_rows_backward, grouped_linear,
-                               grouped_linear_backward, grouped_mlp,
-                               grouped_mlp_backward};
+  static const Kernels kernels{
+      gather_rows, scatter_rows,        scatter_rows_backward, grouped_linear, grouped_linear_backward,
+      grouped_mlp, grouped_mlp_backward};
   return kernels;
 }
 

@@ -21,8 +21,7 @@ from dyncore.backends import reference
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 # The order of enum Activation in csrc/cpu/kernels.h.
 _ACTIVATIONS = {
-    name: i
-    for i, name in enumerate(("none", "relu", "relu2", "gelu", "gelu_tanh", "silu", "swiglu", "geglu", "reglu"))
+    name: i for i, name in enumerate(("none", "relu", "relu2", "gelu", "gelu_tanh", "silu", "swiglu", "geglu", "reglu"))
 }
 _ABSENT = (0, 0)
 
@@ -262,9 +261,7 @@ def scatter_rows(
     plan.expect_rows(base=base)
     width = y.shape[1]
     out = y.new_empty(plan.num_rows, width)
-    _native.scatter_rows(
-        plan.tuple, _DTYPES[y.dtype], _matrix(y), _matrix(base), out.data_ptr(), width, threads()
-    )
+    _native.scatter_rows(plan.tuple, _DTYPES[y.dtype], _matrix(y), _matrix(base), out.data_ptr(), width, threads())
     return out
 
 

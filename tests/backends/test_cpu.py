@@ -294,9 +294,7 @@ def test_the_bits_do_not_depend_on_the_thread_count(isa, dtype, operation):
             gradients = cpu.grouped_mlp_backward(grad, *inputs, pre, *plan, "swiglu", [True] * 6)
         else:
             out, pre = cpu.grouped_linear(x, weight, bias, *plan, "gelu", True, True, True)
-            gradients = cpu.grouped_linear_backward(
-                grad, x, weight, bias, pre, *plan, "gelu", True, True, [True] * 4
-            )
+            gradients = cpu.grouped_linear_backward(grad, x, weight, bias, pre, *plan, "gelu", True, True, [True] * 4)
         results.append((out, pre, *gradients))
     torch.set_num_threads(threads)
     for other in results[1:]:
@@ -386,13 +384,13 @@ def test_a_bad_inverse_map_is_refused():
     y = torch.randn(plan[0].shape[0], 8)
     slots = plan[4].clone()
     slots[3] = int(plan[1][-1])
-    with pytest.raises(IndexError, match="plan.row_slots: expected slots in"):
+    with pytest.raises(IndexError, match=r"plan\.row_slots: expected slots in"):
         cpu.scatter_rows(y, None, *plan[:4], slots)
     starts = plan[3].clone()
     starts[5] = -7
-    with pytest.raises(ValueError, match="plan.row_offsets: expected non-decreasing offsets"):
+    with pytest.raises(ValueError, match=r"plan\.row_offsets: expected non-decreasing offsets"):
         cpu.scatter_rows(y, None, *plan[:3], starts, plan[4])
-    with pytest.raises(ValueError, match="plan.row_slots: expected"):
+    with pytest.raises(ValueError, match=r"plan\.row_slots: expected"):
         cpu.scatter_rows(y, None, *plan[:4], plan[4][:-1])
 
 

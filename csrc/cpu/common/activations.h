@@ -27,7 +27,9 @@ DYNCORE_INLINE vf exp(vf x) {
   return x < low ? vf{} : p * (vf)power;
 }
 
-DYNCORE_INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
+DYNCORE_INLINE vf sigmoid(vf x) {
+  return 1.0f / (1.0f + exp(-x));
+}
 
 struct ValueAndDerivative {
   vf value, derivative;

@@ -6,8 +6,12 @@
 
 namespace dyncore::DYNCORE_ISA {
 
-inline int64_t panels_of(int64_t columns) { return (columns + NC - 1) / NC; }
-inline int panel_width(int64_t columns, int64_t n0) { return static_cast<int>(columns - n0 < NC ? columns - n0 : NC); }
+inline int64_t panels_of(int64_t columns) {
+  return (columns + NC - 1) / NC;
+}
+inline int panel_width(int64_t columns, int64_t n0) {
+  return static_cast<int>(columns - n0 < NC ? columns - n0 : NC);
+}
 
 inline int64_t largest_group(const Plan& plan) {
   int64_t largest = 0;
@@ -26,9 +30,13 @@ inline int64_t groups_with_slots(const Plan& plan) {
 
 // Row length of a workspace: whole panels, and not a multiple of 4096 bytes, which would map all rows of a register
 // tile to the same cache set.
-inline int64_t workspace_stride(int64_t columns) { return (columns + NC - 1) / NC * NC + NC; }
+inline int64_t workspace_stride(int64_t columns) {
+  return (columns + NC - 1) / NC * NC + NC;
+}
 
-inline size_t panel_buffer_bytes(int64_t rows) { return rounded_bytes(rows * NC * sizeof(float)); }
+inline size_t panel_buffer_bytes(int64_t rows) {
+  return rounded_bytes(rows * NC * sizeof(float));
+}
 
 template <class T>
 inline Right<T> weight_of_group(const Weight& w, int64_t g, bool transposed) {

@@ -36,7 +36,9 @@ DYNCORE_INLINE void transpose_from(vf (&r)[VL]) {
   }
 }
 
-DYNCORE_INLINE void transpose(vf (&r)[VL]) { transpose_from<VL / 2>(r); }
+DYNCORE_INLINE void transpose(vf (&r)[VL]) {
+  transpose_from<VL / 2>(r);
+}
 
 // panel[k][j] = row j's word k, for j < n. `Word` is what a panel's element is made of: float, or bfloat16 that
 // becomes float, or a pair of bfloat16 (passed as float: only moved, never computed with).
@@ -92,8 +94,7 @@ inline void pack_transposed_pairs(float* panel, const bf16* b, int64_t stride, i
 // panel[k] = row k of b, or row index[k] where an index is given; rows of n <= 32 columns.
 template <class T>
 inline void pack_rows(float* panel, const T* b, int64_t stride, const int32_t* index, int64_t depth, int n) {
-  for (int64_t k = 0; k < depth; ++k)
-    store_row(panel + k * NC, load_row(b + (index ? index[k] : k) * stride, n), NC);
+  for (int64_t k = 0; k < depth; ++k) store_row(panel + k * NC, load_row(b + (index ? index[k] : k) * stride, n), NC);
 }
 
 inline void pack_rows_pairs(float* panel, const bf16* b, int64_t stride, const int32_t* index, int64_t depth, int n) {

@@ -5,11 +5,13 @@
 
 namespace dyncore::DYNCORE_ISA {
 
-// Below so many rows packing costs more than it saves, and the dot form reads the weights as they lie. Measured on Zen 4
-// (K = N = 1024, weights in cache, dot against packed at 24, 32, 64 rows): float 102/81, 103/90, 92/98 GFLOP/s, bfloat16
-// pairs 192/175, 193/196, 194/213. Without pairs the dot form converts every weight for every 4 rows.
+// Below so many rows packing costs more than it saves, and the dot form reads the weights as they lie. Measured on Zen
+// 4 (K = N = 1024, weights in cache, dot against packed at 24, 32, 64 rows): float 102/81, 103/90, 92/98 GFLOP/s,
+// bfloat16 pairs 192/175, 193/196, 194/213. Without pairs the dot form converts every weight for every 4 rows.
 template <class T>
-constexpr int64_t kDotRows = sizeof(T) == 4 ? 48 : kDotBf16 ? 32 : 12;
+constexpr int64_t kDotRows = sizeof(T) == 4 ? 48
+                             : kDotBf16     ? 32
+                                            : 12;
 // The rows are read again for every 4 columns, so they must stay in the L2 cache.
 constexpr int64_t kDotBytes = 512 << 10;
 // Depth of a packed panel: 256 KB of float, a quarter of a common L2 cache. Partial sums of deeper products are also

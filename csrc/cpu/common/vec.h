@@ -41,9 +41,13 @@ struct bf16 {
   uint16_t bits;
 };
 
-DYNCORE_INLINE vf splat(float x) { return x - vf{}; }
+DYNCORE_INLINE vf splat(float x) {
+  return x - vf{};
+}
 
-DYNCORE_INLINE float to_float(float x) { return x; }
+DYNCORE_INLINE float to_float(float x) {
+  return x;
+}
 DYNCORE_INLINE float to_float(bf16 x) {
   const uint32_t bits = uint32_t{x.bits} << 16;
   float f;
@@ -62,7 +66,9 @@ DYNCORE_INLINE vf load(const bf16* p) {
   return (vf)(__builtin_convertvector(h, vu) << 16);
 }
 
-DYNCORE_INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+DYNCORE_INLINE void store(float* p, vf v) {
+  std::memcpy(p, &v, sizeof v);
+}
 // Rounds to nearest even; NaN stays NaN.
 DYNCORE_INLINE void store(bf16* p, vf v) {
   const vu bits = (vu)v;
