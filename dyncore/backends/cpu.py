@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+import re
 import sys
 from typing import Any
 
@@ -31,7 +32,7 @@ def _share_openmp() -> None:
     if not sys.platform.startswith("linux") or hasattr(ctypes.CDLL(None), "GOMP_parallel"):
         return
     with open("/proc/self/maps") as maps:
-        files = {line.split()[-1] for line in maps if "omp" in line.rpartition("/")[2]}
+        files = {line.split()[-1] for line in maps if re.match("lib[gi]?omp", line.rpartition("/")[2])}
     for path in [*sorted(files), "libgomp.so.1"]:
         if hasattr(ctypes.CDLL(path, ctypes.RTLD_GLOBAL), "GOMP_parallel"):
             return
