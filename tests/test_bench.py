@@ -102,6 +102,16 @@ def test_no_record_is_made_of_wrong_numbers(name):
     assert [e["variant"] for e in errors] == [name]
 
 
+def test_in_sixteen_bits_dyncore_is_held_to_each_element_and_rivals_to_their_rms():
+    def one_element_off(x, w):
+        return torch.cat([(x * w)[:1] * 1.05, (x * w)[1:]])
+
+    off = Variant(one_element_off, lambda x, w: x * w, (torch.ones(1, dtype=torch.bfloat16),))
+    contest = Contest({"dyncore": off, "naive": off}, [(torch.ones(4096, dtype=torch.bfloat16),)], cold=False)
+    _, wrong, _ = check(contest)
+    assert set(wrong) == {"dyncore"}
+
+
 def test_a_wrong_gradient_is_found():
     bent = lambda x, w: x * w + (x - x.detach()) * 0.01  # noqa: E731  right value, wrong gradient
     double = Variant(bent, lambda x, w: x * w, (torch.tensor([2.0]),))
