@@ -167,8 +167,9 @@ def test_strided_and_expanded_inputs_and_gradients(dtype):
         expanded = torch.ones((), dtype=dtype).expand_as(out)
         return [out, *torch.autograd.grad(out, [*leaves.values(), plan.scale], expanded)]
 
+    # Not bit for bit: a kernel may sum in another order where a weight lies the other way.
     for got, want in zip(run(strided), run({n: t.contiguous() for n, t in strided.items()}), strict=True):
-        assert torch.equal(got, want)
+        assert_values(got, want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
