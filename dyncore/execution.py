@@ -5,14 +5,17 @@ The mode lives in a threading.local attribute, which torch.compile guards on (it
 
 from __future__ import annotations
 
+import math
 import threading
 from types import TracebackType
 
 MODES = ("sparse", "masked", "auto")
 
-# From this density of slots on, "auto" computes everything: the fused kernels and a dense product meet about here
-# (benchmarks/bench_grouped_mlp.py, keep ratios .75 to 1).
-BREAK_EVEN = 0.97
+# Density of slots from which "auto" computes everything, by device. On a CPU never: with every row selected the fused
+# kernels are still faster than masked execution (`dyncore bench`, keep ratio 1). Elsewhere, where most ops have no
+# kernel yet, at 1, where there is nothing to skip.
+_BREAK_EVEN = {"cpu": math.inf}
+_BREAK_EVEN_ELSEWHERE = 1.0
 
 
 class _State(threading.local):
@@ -54,8 +57,9 @@ class execution:
         _state.mode = self._previous.pop()
 
 
-def use_masked(slots: int | None, dense_slots: int) -> bool:
-    """Whether to compute everything: `slots` of `dense_slots` pairs (row, group) are live, None if not known."""
+def use_masked(device: str, slots: int | None, dense_slots: int) -> bool:
+    """Whether to compute everything on this type of device: `slots` of `dense_slots` pairs (row, group) are live, None
+    if the host does not know."""
     if _state.mode == "auto":
-        return slots is not None and slots >= BREAK_EVEN * dense_slots
+        return slots is not None and slots >= _BREAK_EVEN.get(device, _BREAK_EVEN_ELSEWHERE) * dense_slots
     return _state.mode == "masked"

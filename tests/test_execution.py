@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dyncore as dc
 from dyncore.execution import mode
+from dyncore.ops.masked import compute_masked
 
 
 def test_auto_is_the_default_and_modes_nest():
@@ -74,3 +75,13 @@ def test_a_compiled_function_follows_the_mode_it_is_called_in():
         with dc.execution(name):
             torch.testing.assert_close(compiled(x, mask), run(x, mask))
     assert ["dyncore.grouped_linear.default" in targets for targets in graphs] == [True, False]
+
+
+@pytest.mark.parametrize(("device", "slots", "expected"), [("cpu", 30, False), ("meta", 30, True), ("meta", 29, False)])
+def test_auto_computes_everything_where_that_is_known_to_be_faster(device, slots, expected):
+    rows = torch.arange(slots, device=device, dtype=torch.int32)
+    offsets = torch.zeros(2, device=device, dtype=torch.int32)
+    known = dc.Plan(rows, offsets, None, 30, rows, rows, exact=True)
+    bound = dc.Plan(rows, offsets, None, 30, rows, rows, exact=False)
+    assert compute_masked(known) is expected
+    assert not compute_masked(bound)  # a static bound says nothing of what is live

@@ -16,7 +16,8 @@ from dyncore.plan import Plan
 
 def compute_masked(plan: Plan) -> bool:
     """Whether a grouped product on `plan` computes everything, in the execution mode in force."""
-    return use_masked(plan.num_slots if plan.exact else None, plan.num_rows * plan.num_groups)
+    slots = plan.num_slots if plan.exact else None
+    return use_masked(plan.rows.device.type, slots, plan.num_rows * plan.num_groups)
 
 
 def selection(plan: Plan, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
