@@ -7,7 +7,7 @@ PART ?= all
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
 # Without a GPU: the pinned CPU build of torch. With one: whatever torch the machine's index serves.
-CONSTRAINTS := $(if $(shell command -v nvidia-smi),,-c constraints.txt)
+CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints.txt)
 
 .PHONY: bench test test-main test-interpret test-aot lint format benchmark gpu clean
 

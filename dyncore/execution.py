@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 
 MODES = ("sparse", "masked", "auto")
@@ -38,6 +39,9 @@ class execution:
     - "auto" (default): whichever is faster by a measured break-even, from facts known on the host.
 
     Values and gradients are the same in each mode. Raises ValueError on any other name.
+
+    Activation checkpointing runs a forward again in the backward, perhaps in another thread or after the block ended.
+    `checkpoint(fn, x, use_reentrant=False, context_fn=dc.execution.context_fn)` runs it in the mode of the first.
     """
 
     def __init__(self, mode: str) -> None:
@@ -45,6 +49,11 @@ class execution:
             raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
         self.mode = mode
         self._previous: list[str] = []
+
+    @staticmethod
+    def context_fn() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
+        """(context of the forward, context of the re-computation) for torch.utils.checkpoint: both in today's mode."""
+        return nullcontext(), execution(_state.mode)
 
     def __enter__(self) -> execution:
         self._previous.append(_state.mode)

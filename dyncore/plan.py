@@ -61,6 +61,9 @@ class Plan:
                 raise TypeError(f"{name}: expected int32 or int64, got {t.dtype}")
         if offsets.shape[0] < 2:
             raise ValueError(f"offsets: expected at least 2 entries (one group), got {offsets.shape[0]}")
+        if offsets.device != rows.device:
+            raise ValueError(f"offsets: expected a tensor on {rows.device}, got one on {offsets.device}")
+        _expect_int("num_rows", num_rows)
         if not 0 <= num_rows <= _MAX_INDEX:
             raise ValueError(f"num_rows: expected 0..{_MAX_INDEX}, got {num_rows}")
         _expect_scale("scale", scale, rows.shape, rows.device)
@@ -79,7 +82,9 @@ class Plan:
         return self.rows.shape[0]
 
     def to(self, device: torch.device | str) -> Plan:
-        """The same plan on another device."""
+        """The same plan on another device. Raises TypeError on anything else (dtypes are the plan's own)."""
+        if not isinstance(device, (torch.device, str, int)):
+            raise TypeError(f"device: expected a device, got {device!r}")
         return pytree.tree_map_only(Tensor, lambda t: t.to(device), self)
 
     def groups(self) -> Tensor:
@@ -123,8 +128,15 @@ pytree.register_pytree_node(
 
 
 def _is_eager_cpu(t: Tensor) -> bool:
-    """Whether counting `t` is cheap and no shape may be made to depend on it otherwise."""
-    return t.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(t, FakeTensor)
+    """Whether `t` holds data that can be counted cheaply, so that a shape may depend on it."""
+    if t.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not isinstance(t, FakeTensor) and not torch._C._functorch.is_functorch_wrapped_tensor(t)  # pyright: ignore
+
+
+def _expect_int(name: str, value: object) -> None:
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
 
 
 def _expect_tensor(name: str, value: object, dims: int | None = None) -> None:
@@ -201,8 +213,7 @@ def select_topk(scores: Tensor, k: int, scale: Tensor | None = None) -> Plan:
     _expect_tensor("scores", scores, dims=2)
     if not scores.dtype.is_floating_point:
         raise TypeError(f"scores: expected a floating dtype, got {scores.dtype}")
-    if not isinstance(k, (int, torch.SymInt)) or isinstance(k, bool):
-        raise TypeError(f"k: expected an int, got {type(k).__name__}")
+    _expect_int("k", k)
     batch, seq = scores.shape
     if not 0 <= k <= seq:
         raise ValueError(f"k: expected 0..{seq} (the sequence length), got {k}")
@@ -226,8 +237,7 @@ def route(expert: Tensor, weight: Tensor | None = None, *, num_groups: int) -> P
     _expect_tensor("expert", expert, dims=2)
     if expert.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64):
         raise TypeError(f"expert: expected a signed integer dtype, got {expert.dtype}")
-    if not isinstance(num_groups, int) or isinstance(num_groups, bool):
-        raise TypeError(f"num_groups: expected an int, got {type(num_groups).__name__}")
+    _expect_int("num_groups", num_groups)
     if not 1 <= num_groups <= _MAX_INDEX:
         raise ValueError(f"num_groups: expected a positive number, got {num_groups}")
     _expect_scale("weight", weight, expert.shape, expert.device)
@@ -256,15 +266,17 @@ def route_mask(mask: Tensor, weight: Tensor | None = None, *, max_slots: int | N
     _expect_scale("weight", weight, mask.shape, mask.device)
     if mask.shape[1] < 1:
         raise ValueError(f"mask: expected at least one group, got shape {list(mask.shape)}")
-    if max_slots is not None and max_slots < 0:
-        raise ValueError(f"max_slots: expected a number >= 0, got {max_slots}")
+    if max_slots is not None:
+        _expect_int("max_slots", max_slots)
+        if max_slots < 0:
+            raise ValueError(f"max_slots: expected a number >= 0, got {max_slots}")
     num_rows, num_groups = mask.shape
     bound = mask.numel() if max_slots is None else min(max_slots, mask.numel())
     eager = _is_eager_cpu(mask)
     capacity = cpu.count_mask(mask) if eager else bound
     if eager and capacity > bound:
         raise ValueError(f"max_slots: the mask has {capacity} slots, more than max_slots={max_slots}")
-    _expect_rows("mask", capacity)
+    _expect_rows("mask", max(capacity, num_rows))
     rows, offsets, row_offsets, row_slots = torch.ops.dyncore.plan_mask(mask, capacity)
     plan = Plan(rows, offsets, None, num_rows, row_offsets, row_slots, eager)
     if weight is None:

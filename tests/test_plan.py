@@ -240,6 +240,11 @@ BAD_CALLS = [
     (lambda: dc.Plan.from_slots(torch.tensor([0, 9]), torch.tensor([0, 2]), num_rows=9), IndexError, "plan.rows: expected rows in [0, 9), got values from 0 to 9"),
     (lambda: dc.Plan.from_slots(torch.tensor([0, 1]), torch.tensor([0, 2, 1]), num_rows=9), ValueError, "plan.offsets: expected non-decreasing"),
     (lambda: dc.Plan.from_slots(torch.tensor([0, 1]), torch.tensor([0]), num_rows=9), ValueError, "offsets: expected at least 2 entries"),
+    (lambda: dc.Plan.from_slots(torch.tensor([0]), torch.tensor([0, 1], device="meta"), num_rows=9), ValueError, "offsets: expected a tensor on cpu, got one on meta"),
+    (lambda: dc.Plan.from_slots(torch.tensor([0]), torch.tensor([0, 1]), num_rows=None), TypeError, "num_rows: expected an int, got NoneType"),
+    (lambda: dc.Plan.from_slots(torch.tensor([0]), torch.tensor([0, 1]), num_rows=2.5), TypeError, "num_rows: expected an int, got float"),
+    (lambda: dc.route_mask(torch.ones(4, 2).bool(), max_slots=4.0), TypeError, "max_slots: expected an int, got float"),
+    (lambda: dc.select(torch.ones(3).bool()).to(torch.float64), TypeError, "device: expected a device, got torch.float64"),
     (lambda: dc.Plan.from_slots(torch.tensor([0.0]), torch.tensor([0, 1]), num_rows=9), TypeError, "rows: expected int32 or int64"),
 ]  # fmt: skip
 

@@ -52,6 +52,20 @@ def test_activation_checkpointing_gives_the_same_gradients(mode, use_reentrant):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+def test_a_checkpoint_is_computed_again_in_the_mode_of_its_forward():
+    model, x = SkippedMLP(), torch.randn(5, 7, 16)
+    with dc.execution("masked"):
+        want = gradients(model, model(x))
+        out = checkpoint(model, x, use_reentrant=False, context_fn=dc.execution.context_fn)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(model, out), want, strict=True))
+
+
+def test_functorch_is_refused_in_words():
+    model = SkippedMLP()
+    with pytest.raises(RuntimeError, match="setup_context"), dc.execution("sparse"):
+        torch.func.grad(lambda x: model(x).sum())(torch.randn(5, 16))
+
+
 @pytest.mark.slow
 def test_inductor_gives_the_same_values_and_gradients_without_recompiling_for_another_mask():
     model = SkippedMLP()

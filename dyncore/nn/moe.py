@@ -163,8 +163,10 @@ class MoE(DynamicLayer):
                 if (a.shape if isinstance(a, Tensor) else a) != (b.shape if isinstance(b, Tensor) else b):
                     raise ValueError(f"experts: expected one build, got expert {i} with another {name} than 0")
         dim, hidden_dim = first.w_out.shape
-        options = {"router": router, "activation": first.activation, **options}
+        options = {"activation": first.activation, **options}
         layer = cls(dim, hidden_dim, len(read), top_k, **options).to(first.w_in.device, first.w_in.dtype)
+        if router is not None:  # kept as it is: it may be wider than the experts
+            layer.router = router
         for name in ("w_in", "w_out", "b_in", "b_out"):
             parts = [getattr(weights, name) for weights in read]
             stacked = None if parts[0] is None else nn.Parameter(torch.stack([p.detach() for p in parts]))

@@ -8,6 +8,8 @@ from torch import Tensor
 from dyncore.activations import ELEMENTWISE, GATED
 from dyncore.plan import Plan
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def expect_plan(plan: object) -> Plan:
     if not isinstance(plan, Plan):
@@ -16,11 +18,13 @@ def expect_plan(plan: object) -> Plan:
 
 
 def expect_tensor(name: str, value: object, like: Tensor | None = None) -> Tensor:
-    """`value` as a floating tensor, of the dtype and on the device of `like`."""
+    """`value` as a strided floating tensor, of the dtype and on the device of `like`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
-    if not value.dtype.is_floating_point:
-        raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}")
+    if value.dtype not in _DTYPES:
+        raise TypeError(f"{name}: expected a floating dtype of 16, 32 or 64 bits, got {value.dtype}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a strided tensor, got {value.layout}")
     if like is not None and value.dtype != like.dtype:
         raise TypeError(f"{name}: expected the dtype of x, {like.dtype}, got {value.dtype}")
     if like is not None and value.device != like.device:
@@ -83,9 +87,10 @@ def expect_activation(activation: object, gated: bool) -> None:
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors in autocast's dtype where autocast is on for their device, as torch.nn.functional.linear has them."""
-    first = next(t for t in tensors if t is not None)
-    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+    """The tensors in autocast's dtype where autocast is on for the first, as torch.nn.functional.linear has them."""
+    first = tensors[0]
+    assert first is not None
+    if not torch.is_autocast_enabled(first.device.type):
         return tensors
     dtype = torch.get_autocast_dtype(first.device.type)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

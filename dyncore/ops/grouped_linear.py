@@ -34,8 +34,9 @@ def _forward_flops(x, weight, bias, rows, offsets, *args, out_val=None, **kwargs
 
 @register_flop_formula(torch.ops.dyncore.grouped_linear_backward, get_raw=True)
 def _backward_flops(grad, x, weight, bias, pre, rows, offsets, *args, out_val=None, **kwargs) -> int:
-    needs = args[-1]
-    return 2 * live_slots(rows, offsets) * weight.shape[1] * weight.shape[2] * (int(needs[0]) + int(needs[1]))
+    *_, activation, _, scatter, (need_x, need_weight, _, need_scale) = args
+    back = need_x or (need_scale and scatter and activation == "none")  # the product with the weight gives both
+    return 2 * live_slots(rows, offsets) * weight.shape[1] * weight.shape[2] * (int(back) + int(need_weight))
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -64,7 +65,8 @@ def _masked(x, weight, bias, plan: Plan, activation: str, gather: bool, scatter:
     total = None
     for g, (w, b) in enumerate(zip(weight.unbind(0), biases, strict=True)):  # unbind: W[g] would zero-fill a gradient
         chosen = selected[:, g] if gather else groups == g
-        y = activations.value(F.linear(only(chosen, x), w, b), activation)
+        # the pre-activation is zeroed too: a NaN in the weights of a group without rows must not reach its gradient
+        y = activations.value(only(chosen, F.linear(only(chosen, x), w, b)), activation)
         if gather and scatter:
             y = weighted(chosen, scale[:, g], y)
         elif gather:
@@ -113,7 +115,7 @@ def grouped_linear(
     name = activation or "none"
     if compute_masked(plan):
         out = _masked(x, weight, bias, plan, name, gather, scatter)
-    elif wants_grad(x, weight, bias, plan.scale):
+    elif wants_grad(x, weight, bias, plan.scale if scatter else None):
         tensors = (plan.rows, plan.offsets, plan.row_offsets, plan.row_slots)
         out = _GroupedLinear.apply(x, weight, bias, plan.scale if scatter else None, *tensors, name, gather, scatter)
     else:

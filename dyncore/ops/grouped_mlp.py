@@ -76,7 +76,9 @@ def _masked(x, w_in, w_out, b_in, b_out, residual, plan: Plan, activation: str) 
             strict=True,
         )
     ):
-        u = activations.hidden(F.linear(only(selected[:, g], x), wi, bi), activation)
+        # the pre-activation is zeroed too: a NaN in the weights of a group without rows must not reach its gradient
+        pre = only(selected[:, g], F.linear(only(selected[:, g], x), wi, bi))
+        u = activations.hidden(pre, activation)
         y = weighted(selected[:, g], scale[:, g], F.linear(u, wo, bo))
         total = y if total is None else total + y
     assert total is not None
@@ -104,7 +106,7 @@ def grouped_mlp(
         b_in: [G, I] (gated [G, 2I]) or None; b_out: [G, H] or None.
         activation: "relu", "relu2", "gelu", "gelu_tanh", "silu", or gated: "swiglu", "geglu", "reglu"
             (act(gate) * up; Shazeer 2020).
-        residual: of x's shape, or None for 0.
+        residual: of x's shape and dtype, or None for 0. Under autocast it keeps its own dtype, as in `x + linear(x)`.
 
     Returns [T, H] in x's shape. A row with no slot gives exactly 0, or exactly its residual, whatever it holds.
     Products accumulate in float32 (float64 for float64). Saved for backward: the inputs, the plan and the hidden
@@ -115,7 +117,13 @@ def grouped_mlp(
     expect_tensor("x", x)
     expect_activation(activation, gated=True)
     shape = x.shape
-    x, w_in, w_out, b_in, b_out, residual = autocast(x, w_in, w_out, b_in, b_out, residual)  # type: ignore
+    if residual is not None and expect_tensor("residual", residual).shape != shape:
+        raise ValueError(f"residual: expected the shape of x, {list(shape)}, got {list(residual.shape)}")
+    x, w_in, w_out, b_in, b_out = autocast(x, w_in, w_out, b_in, b_out)  # type: ignore[assignment]
+    if residual is not None and residual.dtype != x.dtype and torch.is_autocast_enabled(x.device.type):
+        y = grouped_mlp(x, w_in, w_out, b_in, b_out, plan=plan, activation=activation)
+        has_slot = (plan.row_offsets.diff() > 0).view(*shape[:-1], 1)
+        return torch.where(has_slot, residual + y, residual)
     x = expect_rows("x", x, plan)
     groups, width = plan.num_groups, x.shape[1]
     expect_tensor("w_out", w_out, like=x)
@@ -128,9 +136,7 @@ def grouped_mlp(
     if b_out is not None:
         expect_shape("b_out", expect_tensor("b_out", b_out, like=x), G=groups, H=width)
     if residual is not None:
-        if expect_tensor("residual", residual, like=x).shape != shape:
-            raise ValueError(f"residual: expected the shape of x, {list(shape)}, got {list(residual.shape)}")
-        residual = expect_rows("residual", residual, plan)
+        residual = expect_rows("residual", expect_tensor("residual", residual, like=x), plan)
         if residual is x and torch.compiler.is_compiling():  # Dynamo refuses one tensor as two inputs of a Function
             residual = residual.view_as(residual)
     if compute_masked(plan):

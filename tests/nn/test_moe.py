@@ -195,6 +195,14 @@ def test_experts_of_other_code_bases_come_in_and_go_out(name):
     assert torch.equal(again(x), layer(x))
 
 
+def test_from_experts_leaves_the_router_as_it_is():
+    router = nn.Linear(D, 2)
+    layer = dc.nn.MoE.from_experts([Mixtral().bfloat16(), Mixtral().bfloat16()], router)
+    assert layer.router is router
+    assert router.weight.dtype == torch.float32
+    assert layer.w_in.dtype == torch.bfloat16
+
+
 def test_from_experts_copies():
     experts = [Mixtral() for _ in range(E)]
     layer = dc.nn.MoE.from_experts(experts)

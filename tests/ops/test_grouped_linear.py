@@ -134,6 +134,33 @@ def test_flops_are_those_of_live_slots():
     assert backward.get_total_flops() == 2 * forward.get_total_flops()
 
 
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("wanted", [["x"], ["weight"], ["scale"], ["x", "scale"], ["bias"]], ids="-".join)
+def test_backward_flops_are_those_of_the_products_made(wanted, activation):
+    plan = make_plan("routed", 40, 3, torch.float32)
+    x, weight, bias = problem(plan, True, 24, 16)
+    leaves = {"x": x, "weight": weight, "bias": bias, "scale": plan.scale}
+    for name, t in leaves.items():
+        t.requires_grad_(name in wanted)
+    out = dc.grouped_linear(x, weight, bias, plan=plan, activation=activation)
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.grad(out.sum(), [leaves[n] for n in wanted])
+    back = "x" in wanted or ("scale" in wanted and activation is None)
+    assert counter.get_total_flops() == (back + ("weight" in wanted)) * 2 * plan.num_slots * 24 * 16
+
+
+@pytest.mark.parametrize("mode", ["sparse", "masked"])
+def test_nan_in_the_weights_of_a_group_without_rows_reaches_nothing(mode):
+    plan = dc.route(torch.randint(1, 3, (37, 2)), num_groups=3)
+    x, weight, bias = problem(plan, True)
+    with torch.no_grad():
+        weight[0] = float("nan")
+    with dc.execution(mode):
+        out = dc.grouped_linear(x, weight, bias, plan=plan, activation="silu")
+    assert torch.isfinite(out).all()
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(out.sum(), [x, weight, bias]))
+
+
 @pytest.mark.parametrize(("gather", "scatter"), FORMS, ids=FORM_IDS)
 def test_opcheck(gather, scatter):
     plan = make_plan("duplicates", 9, 2, torch.float32)

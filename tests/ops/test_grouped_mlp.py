@@ -202,10 +202,11 @@ def test_gradcheck_in_float64(activation, kind):
     assert torch.autograd.gradcheck(run, (*p.values(), plan.scale))
 
 
+@pytest.mark.parametrize("kind", ["duplicates", "all_rows"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_forty_repeats_and_any_thread_count_give_the_same_bits(dtype):
-    p = problem(200, 4, 96, 80, "swiglu", dtype)
-    plan = make_plan("duplicates", 200, 4, torch.float32)
+def test_forty_repeats_and_any_thread_count_give_the_same_bits(dtype, kind):
+    p = problem(200, 4 if kind == "duplicates" else 1, 96, 1001, "swiglu", dtype)
+    plan = make_plan(kind, 200, p["w_in"].shape[0], torch.float32)
 
     def run():
         out = dc.grouped_mlp(
@@ -224,16 +225,17 @@ def test_forty_repeats_and_any_thread_count_give_the_same_bits(dtype):
         torch.set_num_threads(threads)
 
 
-def test_saved_for_backward_are_the_inputs_the_plan_and_the_pre_activation():
-    p = problem(64, 2, 32, 48, "swiglu")
-    plan = dc.route(torch.randint(0, 2, (64, 1)), torch.rand(64, 1), num_groups=2)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_saved_for_backward_are_the_inputs_the_plan_and_the_pre_activation(groups):
+    p = problem(64, groups, 32, 48, "swiglu")
+    plan = dc.route(torch.randint(0, groups, (64, 1)), torch.rand(64, 1), num_groups=groups)
     saved = {}
 
     def pack(t):
         saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), dc.execution("sparse"):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         dc.grouped_mlp(
             p["x"], p["w_in"], p["w_out"], p["b_in"], p["b_out"], plan=plan, activation="swiglu", residual=p["residual"]
         )
@@ -307,11 +309,41 @@ def test_autocast_computes_in_its_dtype_as_linear_does():
     assert all(g.dtype == torch.float32 and g.abs().sum() > 0 for g in grads)
 
 
+def test_autocast_leaves_the_residual_as_it_is():
+    p = problem(groups=1)
+    mask = torch.arange(37) % 2 == 0
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = dc.grouped_mlp(p["x"], p["w_in"], p["w_out"], plan=dc.select(mask), residual=p["residual"])
+        alone = dc.grouped_mlp(p["x"], p["w_in"], p["w_out"], plan=dc.select(mask))
+    assert out.dtype == torch.float32
+    assert torch.equal(out[~mask], p["residual"][~mask])
+    assert torch.equal(out[mask], (p["residual"] + alone)[mask])
+    assert torch.equal(torch.autograd.grad(out.sum(), p["residual"])[0], torch.ones_like(p["residual"]))
+
+
+@pytest.mark.parametrize("mode", ["sparse", "masked"])
+def test_nan_in_the_weights_of_a_group_without_rows_reaches_nothing(mode):
+    p = problem()
+    plan = dc.route(torch.randint(1, 3, (37, 2)), num_groups=3)
+    with torch.no_grad():
+        for name in ("w_in", "w_out", "b_in", "b_out"):
+            p[name][0] = float("nan")
+    with dc.execution(mode):
+        out = dc.grouped_mlp(p["x"], p["w_in"], p["w_out"], p["b_in"], p["b_out"], plan=plan)
+    assert torch.isfinite(out).all()
+    for g in torch.autograd.grad(out, [p[n] for n in ("x", "w_in", "w_out", "b_in", "b_out")], torch.ones_like(out)):
+        assert torch.isfinite(g).all()
+
+
 BAD_CALLS = {
     "plan: expected a dyncore.Plan, got NoneType": (TypeError, {"plan": None}),
     "x: expected a Tensor, got int": (TypeError, {"x": 3}),
-    "x: expected a floating dtype, got torch.int64": (TypeError, {"x": torch.zeros(37, 33, dtype=torch.int64)}),
-    "x: expected at least 2 dimensions": (ValueError, {"x": torch.zeros(37)}),
+    "x: expected a floating dtype of 16, 32 or 64 bits, got torch.float8_e5m2": (
+        TypeError, {"x": torch.zeros(37, 33).to(torch.float8_e5m2)}),
+    "x: expected a strided tensor, got torch.sparse_coo": (TypeError, {"x": torch.zeros(37, 33).to_sparse()}),
+    "residual: expected a Tensor, got float": (TypeError, {"residual": 1.0}),
+    "x: expected a floating dtype of 16, 32 or 64 bits, got torch.int64": (TypeError, {"x": torch.zeros(37, 33, dtype=torch.int64)}),
+    "x: expected at least 2 dimensions": (ValueError, {"x": torch.zeros(37), "residual": None}),
     "x: expected 37 rows": (ValueError, {"x": torch.zeros(36, 33), "residual": None}),
     "w_in: expected shape [G=3, I=31, H=33], got [3, 30, 33]": (ValueError, {"w_in": torch.zeros(3, 30, 33)}),
     "w_in: expected shape [G=3, 2I=62, H=33], got [3, 31, 33]": (ValueError, {"activation": "swiglu"}),
