@@ -1,7 +1,7 @@
 """flops: executed FLOPs of any callable, 2 per multiply-add. Matrix products alone count (no bias, activation, scale).
 
 PyTorch's own counter does the counting; dyncore's ops have registered formulas that see the plan, so slots that were
-not computed are not counted.
+not computed are not counted; torch's fused attention on a CPU, which torch itself counts as 0, is counted.
 """
 
 from __future__ import annotations
@@ -9,7 +9,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch.utils.flop_counter import FlopCounterMode
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+
+
+class _Raw:
+    """A formula that takes tensors, as those that torch has registered do, marked so for FlopCounterMode."""
+
+    _get_raw = True
+
+    def __init__(self, formula: Callable[..., int]) -> None:
+        self._formula = formula
+
+    def __call__(self, *args: Any, **kwargs: Any) -> int:
+        return self._formula(*args, **kwargs)
+
+
+# torch counts its accelerators' fused attention but not its CPU one, whose arguments come in the same order.
+_CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _Raw(sdpa_flop),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _Raw(sdpa_backward_flop),
+}
 
 
 def flops(fn: Callable[..., Any], *inputs: Any, **kwargs: Any) -> int:
@@ -23,6 +43,6 @@ def flops(fn: Callable[..., Any], *inputs: Any, **kwargs: Any) -> int:
     """
     if not callable(fn):
         raise TypeError(f"fn: expected a module or another callable, got {type(fn).__name__}")
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
         fn(*inputs, **kwargs)
     return counter.get_total_flops()

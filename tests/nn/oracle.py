@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import dyncore as dc
 
@@ -64,9 +63,8 @@ def run(layer: nn.Module, x: Tensor, mode: str = "sparse", weights: Tensor | Non
 
 
 def flops(fn: Callable[[], object], mode: str = "sparse") -> int:
-    with dc.execution(mode), FlopCounterMode(display=False) as counter:
-        fn()
-    return counter.get_total_flops()
+    with dc.execution(mode):
+        return dc.measure.flops(fn)
 
 
 def rotated(x: Tensor, position: int) -> Tensor:
