@@ -156,7 +156,7 @@ PlanBuffers to_buffers(const py::tuple& t) {
 void make_plan_mask(Address mask, const py::tuple& plan) {
   const PlanBuffers buffers = to_buffers(plan);
   py::gil_scoped_release unlocked;
-  plan_mask(at<const bool>(mask), buffers);
+  plan_mask(at<const uint8_t>(mask), buffers);
 }
 
 void make_plan_route(Address expert, bool wide, int64_t k, Address sources, const py::tuple& plan) {
@@ -179,7 +179,7 @@ void make_plan_inverse(const py::tuple& plan) {
 }
 
 int64_t count_selected(Address mask, int64_t size) {
-  return count_mask(at<const bool>(mask), size);
+  return count_mask(at<const uint8_t>(mask), size);
 }
 
 int64_t count_routed(Address expert, bool wide, int64_t size, int64_t num_groups) {

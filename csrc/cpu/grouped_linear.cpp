@@ -21,7 +21,7 @@ void finish(const GroupedLinear& op, int64_t g, int64_t n0, int n, float* y) {
   const Row bias = bias_row<T>(op.bias, g, n0, n);
   T* pre = op.pre ? static_cast<T*>(op.pre) + first * op.n + n0 : nullptr;
   for (int64_t r = 0; r < m; ++r) {
-    Row h = add(load_row(y + r * NC, NC), bias);
+    Row h = load_row(y + r * NC, NC) + bias;
     if (pre) store_row(pre + r * op.n, h, n);
     for (int j = 0; j < NV; ++j) h.v[j] = evaluate<A>(h.v[j]).value;
     store_row(y + r * NC, h, NC);

@@ -29,12 +29,12 @@ void finish_hidden(const Forward<T>& f, int64_t g, int64_t n0, int n, const floa
   T* pre = op.pre ? static_cast<T*>(op.pre) + first * pre_stride + n0 : nullptr;
   T* hidden = f.hidden + first * f.hidden_stride + n0;
   for (int64_t r = 0; r < m; ++r) {
-    const Row h = add(load_row(gate + r * NC, NC), bias);
+    const Row h = load_row(gate + r * NC, NC) + bias;
     Row u;
     for (int j = 0; j < NV; ++j) u.v[j] = evaluate<A>(h.v[j]).value;
     if (pre) store_row(pre + r * pre_stride, h, n);
     if (up) {
-      const Row v = add(load_row(up + r * NC, NC), up_bias);
+      const Row v = load_row(up + r * NC, NC) + up_bias;
       for (int j = 0; j < NV; ++j) u.v[j] *= v.v[j];
       if (pre) store_row(pre + r * pre_stride + op.i, v, n);
     }
@@ -72,7 +72,7 @@ void out_panel(const Forward<T>& f, int64_t panel, int thread) {
     product(yg, u, m, op.i, weight_of_group<T>(op.w_out, g, false).from_column(n0), n, f.scratch.buffers(thread));
     if (op.b_out.data) {
       const Row bias = bias_row<T>(op.b_out, g, n0, n);
-      for (int64_t r = 0; r < m; ++r) store_row(yg + r * NC, add(load_row(yg + r * NC, NC), bias), NC);
+      for (int64_t r = 0; r < m; ++r) store_row(yg + r * NC, load_row(yg + r * NC, NC) + bias, NC);
     }
   }
   combine_panel(op.plan, y, op.plan.scale, op.residual, static_cast<T*>(op.out), op.h, n0, n);

@@ -13,17 +13,17 @@ namespace {
 template <class T>
 struct Backward {
   const GroupedMlpBackward& op;
-  bool gated, need_pre, need_u;
-  int64_t width;         // of pre: I or 2I
-  int64_t slots_stride;  // of the transposed workspaces
-  int64_t pre_stride, hidden_stride;
-  T* dpre;          // [A, pre_stride], for dx
-  T* dpre_t;        // [width, slots_stride], for dW_in
-  T* hidden;        // [A, hidden_stride], for dW_out
-  T* dy_t;          // [H, slots_stride], for dW_out
-  float* partials;  // [panels of I, A], for dscale
-  TeamScratch scratch;
-  Counter stage1, dy_items, dx_items, dw_in_items, dw_out_items;
+  bool gated = false, need_pre = false;  // need_pre: any gradient that is made from that of pre
+  int64_t width = 0;         // of pre: I or 2I
+  int64_t slots_stride = 0;  // of the transposed workspaces
+  int64_t pre_stride = 0, hidden_stride = 0;
+  T* dpre = nullptr;          // [A, pre_stride], for dx
+  T* dpre_t = nullptr;        // [width, slots_stride], for dW_in
+  T* hidden = nullptr;        // [A, hidden_stride], for dW_out
+  T* dy_t = nullptr;          // [H, slots_stride], for dW_out
+  float* partials = nullptr;  // [panels of I, A], for dscale
+  TeamScratch scratch = {};
+  Counter stage1 = {}, dy_items = {}, dx_items = {}, dw_in_items = {}, dw_out_items = {};
 
   Left<T> grad(int64_t first) const {
     return {static_cast<const T*>(op.grad.data), op.grad.stride, op.plan.rows + first};
@@ -62,6 +62,23 @@ void finish_hidden(const Backward<T>& b, int64_t g, int64_t panel, int n, float*
   }
 }
 
+// u alone, for dW_out.
+template <Activation A, class T>
+void store_hidden(const Backward<T>& b, int64_t g, int64_t panel, int n) {
+  const GroupedMlpBackward& op = b.op;
+  const int64_t n0 = panel * NC;
+  for (int64_t a = op.plan.offsets[g]; a < op.plan.offsets[g + 1]; ++a) {
+    const T* pre = static_cast<const T*>(op.pre.data) + a * op.pre.stride + n0;
+    Row u = load_row(pre, n);
+    for (int j = 0; j < NV; ++j) u.v[j] = evaluate<A>(u.v[j]).value;
+    if (b.gated) {
+      const Row v = load_row(pre + op.i, n);
+      for (int j = 0; j < NV; ++j) u.v[j] *= v.v[j];
+    }
+    store_row(b.hidden + a * b.hidden_stride + n0, u, n);
+  }
+}
+
 template <class T>
 void store_half(const Backward<T>& b, int64_t g, int64_t column, int n, const float* tile) {
   const int64_t first = b.op.plan.offsets[g], m = b.op.plan.offsets[g + 1] - first;
@@ -74,6 +91,10 @@ void hidden_panel(const Backward<T>& b, int64_t panel, int64_t g, int thread) {
   const GroupedMlpBackward& op = b.op;
   const int64_t first = op.plan.offsets[g], m = op.plan.offsets[g + 1] - first, n0 = panel * NC;
   const int n = panel_width(op.i, n0);
+  if (!b.need_pre && !b.partials) {
+    with_activation(op.activation, [&](auto a) { store_hidden<decltype(a)::value>(b, g, panel, n); });
+    return;
+  }
   float* gate = b.scratch.results(thread);
   float* up = b.gated ? gate + m * NC : nullptr;
   if (m > 0) {
@@ -148,7 +169,7 @@ void body(void* context, const Team& team) {
   Backward<T>& b = *static_cast<Backward<T>*>(context);
   const GroupedMlpBackward& op = b.op;
   const int64_t groups = op.plan.groups;
-  if (b.need_pre || b.need_u || b.partials)
+  if (b.need_pre || b.hidden || b.partials)
     for (int64_t item; (item = b.stage1.next()) < panels_of(op.i) * groups;)
       hidden_panel(b, item / groups, item % groups, team.index);
   if (b.dy_t || op.db_out)
@@ -172,20 +193,11 @@ int64_t largest(int64_t a, int64_t b) {
 
 template <class T>
 void run(const GroupedMlpBackward& op) {
-  Backward<T> b{op,      is_gated(op.activation),
-                false,   false,
-                0,       0,
-                0,       0,
-                nullptr, nullptr,
-                nullptr, nullptr,
-                nullptr, {},
-                {},      {},
-                {},      {},
-                {}};
+  Backward<T> b{op};
+  b.gated = is_gated(op.activation);
   const int64_t live = op.plan.live();
   b.width = b.gated ? 2 * op.i : op.i;
   b.need_pre = op.dx || op.dw_in || op.db_in;
-  b.need_u = op.dw_out;
   b.slots_stride = workspace_stride(live);
   b.pre_stride = workspace_stride(b.width);
   b.hidden_stride = workspace_stride(op.i);

@@ -148,9 +148,9 @@ void check_plan(const Plan& plan, int64_t row_limit, bool uses_inverse) {
   check_range("plan.row_slots", "slots", plan.row_slots, live, live);
 }
 
-int64_t count_mask(const bool* mask, int64_t size) {
+int64_t count_mask(const uint8_t* mask, int64_t size) {
   int64_t live = 0;
-  for (int64_t i = 0; i < size; ++i) live += mask[i];
+  for (int64_t i = 0; i < size; ++i) live += mask[i] != 0;
   return live;
 }
 
@@ -159,11 +159,11 @@ int64_t count_route(const void* expert, bool wide, int64_t size, int64_t num_gro
               : count_routed(static_cast<const int32_t*>(expert), size, num_groups);
 }
 
-void plan_mask(const bool* mask, const PlanBuffers& plan) {
+void plan_mask(const uint8_t* mask, const PlanBuffers& plan) {
   const int64_t groups = plan.groups;
   std::vector<int64_t> counts(groups, 0);
   for (int64_t t = 0; t < plan.num_rows; ++t)
-    for (int64_t g = 0; g < groups; ++g) counts[g] += mask[t * groups + g];
+    for (int64_t g = 0; g < groups; ++g) counts[g] += mask[t * groups + g] != 0;
   int64_t live = 0;
   for (int64_t count : counts) live += count;
   if (live > plan.capacity)
@@ -175,7 +175,7 @@ void plan_mask(const bool* mask, const PlanBuffers& plan) {
   for (int64_t t = 0; t < plan.num_rows; ++t) {
     plan.row_offsets[t] = written;
     for (int64_t g = 0; g < groups; ++g) {
-      if (!mask[t * groups + g]) continue;
+      if (mask[t * groups + g] == 0) continue;
       const int64_t a = next[g]++;
       plan.rows[a] = static_cast<int32_t>(t);
       plan.row_slots[written++] = static_cast<int32_t>(a);

@@ -10,7 +10,8 @@ namespace dyncore {
 // offsets rise from 0 to at most the capacity, live rows lie in [0, row_limit), and the inverse map names live slots.
 void check_plan(const Plan& plan, int64_t row_limit, bool uses_inverse);
 
-int64_t count_mask(const bool* mask, int64_t size);
+// A mask is read as bytes, and any but 0 is true: memory that others made bool may hold 255.
+int64_t count_mask(const uint8_t* mask, int64_t size);
 int64_t count_route(const void* expert, bool wide, int64_t size, int64_t num_groups);
 
 struct PlanBuffers {
@@ -22,7 +23,7 @@ struct PlanBuffers {
 };
 
 // Slots in the order of (group, row). Throws std::invalid_argument where the mask has more slots than the capacity.
-void plan_mask(const bool* mask, const PlanBuffers& plan);
+void plan_mask(const uint8_t* mask, const PlanBuffers& plan);
 
 // expert[T][k], int32 or (wide) int64; negative means nowhere; an index >= groups throws std::out_of_range.
 // sources[a] = t*k + j of slot a.

@@ -19,14 +19,9 @@ void forward(void* context, const Team& team) {
   for (int64_t t = plan.num_rows * team.index / team.size; t < end; ++t) {
     if (plan.row_offsets[t] == plan.row_offsets[t + 1]) continue;
     for (int64_t n0 = 0; n0 < op.width; n0 += NC) {
-      const int n = static_cast<int>(op.width - n0 < NC ? op.width - n0 : NC);
-      Row total = base ? load_row(base + t * op.base.stride + n0, n) : zero_row();
-      for (int32_t s = plan.row_offsets[t]; s < plan.row_offsets[t + 1]; ++s) {
-        const int64_t a = plan.row_slots[s];
-        const Row value = load_row(y + a * op.y.stride + n0, n);
-        const float factor = plan.scale ? plan.scale[a] : 1.0f;
-        for (int j = 0; j < NV; ++j) total.v[j] += factor * value.v[j];
-      }
+      const int n = panel_width(op.width, n0);
+      Row total = combine_row(plan, t, y + n0, op.y.stride, plan.scale, n);
+      if (base) total = load_row(base + t * op.base.stride + n0, n) + total;
       store_row(out + t * op.width + n0, total, n);
     }
   }
@@ -47,19 +42,15 @@ void backward(void* context, const Team& team) {
       continue;
     }
     const T* grad = static_cast<const T*>(op.grad.data) + plan.rows[a] * op.grad.stride;
+    if (op.dscale) op.dscale[a] = dot_rows(grad, y + a * op.y.stride, op.width);
+    if (!dy) continue;
     const float factor = plan.scale ? plan.scale[a] : 1.0f;
-    vf products = {};
     for (int64_t n0 = 0; n0 < op.width; n0 += NC) {
-      const int n = static_cast<int>(op.width - n0 < NC ? op.width - n0 : NC);
+      const int n = panel_width(op.width, n0);
       Row g = load_row(grad + n0, n);
-      if (op.dscale) {
-        const Row value = load_row(y + a * op.y.stride + n0, n);
-        for (int j = 0; j < NV; ++j) products += g.v[j] * value.v[j];
-      }
       for (int j = 0; j < NV; ++j) g.v[j] *= factor;
-      if (dy) store_row(dy + a * op.width + n0, g, n);
+      store_row(dy + a * op.width + n0, g, n);
     }
-    if (op.dscale) op.dscale[a] = sum(products);
   }
 }
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import dyncore as dc
 from dyncore.activations import ELEMENTWISE, GATED
 from dyncore.backends import cpu, reference
 from tests.support import assert_gradients, assert_values
@@ -279,6 +280,32 @@ def test_activations_far_from_zero(isa, activation):
     )
 
 
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
+def test_activations_at_the_ends_of_the_exponential(isa, activation):
+    """e^x is neither infinite before 88.72 nor 0 before -103: the smallest results keep their leading digits."""
+    ends = torch.tensor([88.4, 88.7, 88.8, 89.5, 103.0, 104.0, 150.0, float("inf")])
+    if activation == "gelu":
+        ends = (2 * ends).sqrt()  # its exponential is that of -h^2/2
+    elif activation == "gelu_tanh":
+        ends = torch.cat([ends, torch.tensor([10.05, 10.07, 10.08, 10.1])])  # 2z passes 88.4 to 88.8 here
+    h = torch.cat([-ends, ends, torch.tensor([float("nan")])])
+    plan_tensors = reference.plan_mask(torch.ones(len(h), 1, dtype=torch.bool), len(h))
+    plan = (*plan_tensors[:2], None, *plan_tensors[2:])
+    one = torch.ones(1, 1, 1)
+    args = (h[:, None], one, None, *plan, activation, True, True, True)
+    out, pre = cpu.grouped_linear(*args)
+    wanted = reference.grouped_linear(*wide(args))[0]
+    args = (torch.ones(len(h), 1), h[:, None], one, None, pre, *plan, activation, True, True, [True] + [False] * 3)
+    derivative, slope = cpu.grouped_linear_backward(*args)[0], reference.grouped_linear_backward(*wide(args))[0]
+    # silu ends where e^-x overflows; the float64 gelu_tanh has no digits left here
+    sharp = h.abs() <= {"silu": 88.72, "gelu": 15.0, "gelu_tanh": 0.0}[activation]
+    for got, want in ((out, wanted), (derivative, slope)):
+        torch.testing.assert_close(got[sharp].double(), want[sharp], rtol=1e-4, atol=3e-39)
+        torch.testing.assert_close(got[h.isfinite()].double(), want[h.isfinite()], rtol=1e-4, atol=1e-36)
+    assert out[h == float("inf")] == float("inf")
+    assert torch.isnan(out[h.isnan()]) and torch.isnan(derivative[h.isnan()])
+
+
 @pytest.mark.parametrize("operation", ["mlp", "linear"])
 def test_the_bits_do_not_depend_on_the_thread_count(isa, dtype, operation):
     plan = routed(300, 5)
@@ -317,6 +344,19 @@ def test_plan_mask(shape, density, spare):
     assert count == int(mask.sum())
     assert equal(cpu.plan_mask(mask, count + spare), reference.plan_mask(mask, count + spare))
     assert equal(cpu.plan_mask(mask.t().contiguous().t(), count), reference.plan_mask(mask, count))
+
+
+def test_a_mask_of_bytes_other_than_0_and_1():
+    """As another library's bytes, viewed as bool, may hold: every byte but 0 is True, as it is to torch."""
+    mask = torch.tensor([[2, 0, 255], [0, 0, 128], [7, 1, 0]], dtype=torch.uint8).view(torch.bool)
+    plain = torch.tensor([[True, False, True], [False, False, True], [True, True, False]])
+    assert cpu.count_mask(mask) == 5
+    assert equal(cpu.plan_mask(mask, 6), reference.plan_mask(plain, 6))
+    plan = dc.select(mask[:, 2])
+    assert plan.rows.tolist() == [0, 1]
+    assert plan.offsets.tolist() == [0, 2]
+    assert plan.row_offsets.tolist() == [0, 1, 2, 2]
+    assert plan.row_slots.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])

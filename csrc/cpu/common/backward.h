@@ -28,9 +28,8 @@ inline void store_transposed(T* out, int64_t stride, const float* tile, int64_t 
 // out[0:n] = sum of the tile's m rows.
 template <class T>
 inline void store_column_sums(T* out, const float* tile, int64_t m, int n) {
-  Row total = zero_row();
-  for (int64_t r = 0; r < m; ++r) total = add(total, load_row(tile + r * NC, NC));
-  store_row(out, total, n);
+  const auto add_row = [&](Row& total, int64_t r) DYNCORE_INLINE_LAMBDA { total = total + load_row(tile + r * NC, NC); };
+  store_row(out, pairwise_sum<Row>(0, m, add_row), n);
 }
 
 // dweight[g][:, k0:k0+32] = sum over the group's slots of dy[a] x[a]^T. dy_t is dy transposed [N, stride];
@@ -47,23 +46,9 @@ inline void weight_gradient_panel(T* dweight, int64_t n_rows, int64_t k_columns,
   for (int64_t r = 0; r < n_rows; ++r) store_row(dweight + r * k_columns + k0, load_row(results + r * NC, NC), n);
 }
 
-// Sum of the partial sums [panels][live] of slot a, in ascending order.
+// Sum of the partial sums [panels][live] of slot a.
 inline float sum_partials(const float* partials, int64_t panels, int64_t live, int64_t a) {
-  float total = 0.0f;
-  for (int64_t p = 0; p < panels; ++p) total += partials[p * live + a];
-  return total;
-}
-
-// <x, y> of two rows.
-template <class T>
-inline float dot_rows(const T* x, const T* y, int64_t width) {
-  vf total = {};
-  for (int64_t n0 = 0; n0 < width; n0 += NC) {
-    const int n = panel_width(width, n0);
-    const Row a = load_row(x + n0, n), b = load_row(y + n0, n);
-    for (int j = 0; j < NV; ++j) total += a.v[j] * b.v[j];
-  }
-  return sum(total);
+  return pairwise_sum<float>(0, panels, [&](float& total, int64_t p) { total += partials[p * live + a]; });
 }
 
 // dscale[a] = partial sums + <grad of slot a, bias of its group>. `grad` names the gradient's row of each slot.

@@ -1,12 +1,24 @@
-// Slots back to rows: a panel of 32 columns of slot results is summed through the inverse map, in ascending slot order,
-// in float, and rounded once. A thread owns its columns for all groups, so there are no atomics and the bits do not
+// Slots back to rows: a panel of 32 columns of slot results is summed through the inverse map, in ascending slot order
+// (pairwise where a row has many), in float, and rounded once. A thread owns its columns for all groups, so there are no atomics and the bits do not
 // depend on the thread count.
 #pragma once
 #include "common/threads.h"
-#include "cpu/common/vec.h"
+#include "cpu/common/sums.h"
 #include "cpu/kernels.h"
 
 namespace dyncore::DYNCORE_ISA {
+
+// Sum over row t's slots a of scale[a] * slots[a * stride : ...+n]; not scaled where scale is null.
+template <class T>
+DYNCORE_INLINE Row combine_row(const Plan& plan, int64_t t, const T* slots, int64_t stride, const float* scale, int n) {
+  const auto add_slot = [&](Row& total, int64_t s) DYNCORE_INLINE_LAMBDA {
+    const int64_t a = plan.row_slots[s];
+    const Row y = load_row(slots + a * stride, n);
+    const float factor = scale ? scale[a] : 1.0f;
+    for (int j = 0; j < NV; ++j) total.v[j] += factor * y.v[j];
+  };
+  return pairwise_sum<Row>(plan.row_offsets[t], plan.row_offsets[t + 1], add_slot);
+}
 
 // out[t][n0:n0+n] = base + sum of scale * slots[a][0:n] over the row's slots, for the rows that have some.
 template <class T>
@@ -14,15 +26,9 @@ inline void combine_panel(const Plan& plan, const float* slots, const float* sca
                           int64_t stride, int64_t n0, int n) {
   const T* base_at = static_cast<const T*>(base.data);
   for (int64_t t = 0; t < plan.num_rows; ++t) {
-    const int32_t first = plan.row_offsets[t], end = plan.row_offsets[t + 1];
-    if (first == end) continue;
-    Row total = base_at ? load_row(base_at + t * base.stride + n0, n) : zero_row();
-    for (int32_t s = first; s < end; ++s) {
-      const int64_t a = plan.row_slots[s];
-      const Row y = load_row(slots + a * NC, NC);
-      const float factor = scale ? scale[a] : 1.0f;
-      for (int j = 0; j < NV; ++j) total.v[j] += factor * y.v[j];
-    }
+    if (plan.row_offsets[t] == plan.row_offsets[t + 1]) continue;
+    Row total = combine_row(plan, t, slots, NC, scale, NC);
+    if (base_at) total = load_row(base_at + t * base.stride + n0, n) + total;
     store_row(out + t * stride + n0, total, n);
   }
 }

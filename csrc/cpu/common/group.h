@@ -6,13 +6,6 @@
 
 namespace dyncore::DYNCORE_ISA {
 
-inline int64_t panels_of(int64_t columns) {
-  return (columns + NC - 1) / NC;
-}
-inline int panel_width(int64_t columns, int64_t n0) {
-  return static_cast<int>(columns - n0 < NC ? columns - n0 : NC);
-}
-
 inline int64_t largest_group(const Plan& plan) {
   int64_t largest = 0;
   for (int64_t g = 0; g < plan.groups; ++g) {
@@ -56,12 +49,6 @@ inline Row bias_row(const Matrix& bias, int64_t g, int64_t n0, int n) {
 template <class T>
 inline void zero_slots_from(T* slots, int64_t live, int64_t capacity, int64_t width) {
   if (slots) std::memset(slots + live * width, 0, (capacity - live) * width * sizeof(T));
-}
-
-DYNCORE_INLINE Row add(const Row& a, const Row& b) {
-  Row c;
-  for (int j = 0; j < NV; ++j) c.v[j] = a.v[j] + b.v[j];
-  return c;
 }
 
 }  // namespace dyncore::DYNCORE_ISA

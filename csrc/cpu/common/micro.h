@@ -10,7 +10,25 @@
 
 namespace dyncore::DYNCORE_ISA {
 
-// c[r][0:32] (+)= sum_k rows[r][k] * b[k][0:32]; b's rows are ldb apart.
+// c[r][0:2*VL] (+)= acc[r] for R rows.
+template <int R>
+DYNCORE_INLINE void store_tile(float* c, vf (&acc)[R][2], bool accumulate) {
+  if (accumulate) {
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      acc[r][0] += load(c + r * NC);
+      acc[r][1] += load(c + r * NC + VL);
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+    store(c + r * NC, acc[r][0]);
+    store(c + r * NC + VL, acc[r][1]);
+  }
+}
+
+// c[r][0:32] (+)= sum_k rows[r][k] * b[k][0:32]; b's rows are ldb apart. What c held is added last, so that the sum over
+// k does not lengthen the chain of roundings that made it.
 template <int R>
 inline __attribute__((noinline)) void tile(const float* const* rows, const float* b, int64_t ldb, int64_t depth,
                                            float* c, bool accumulate) {
@@ -18,8 +36,8 @@ inline __attribute__((noinline)) void tile(const float* const* rows, const float
     vf acc[R][2];
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      acc[r][0] = accumulate ? load(c + r * NC + j0) : vf{};
-      acc[r][1] = accumulate ? load(c + r * NC + j0 + VL) : vf{};
+      acc[r][0] = vf{};
+      acc[r][1] = vf{};
     }
     const float* bk = b + j0;
     for (int64_t k = 0; k < depth; ++k, bk += ldb) {
@@ -31,11 +49,7 @@ inline __attribute__((noinline)) void tile(const float* const* rows, const float
         acc[r][1] += a * b1;
       }
     }
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      store(c + r * NC + j0, acc[r][0]);
-      store(c + r * NC + j0 + VL, acc[r][1]);
-    }
+    store_tile<R>(c + j0, acc, accumulate);
   }
 }
 
@@ -47,8 +61,8 @@ inline __attribute__((noinline)) void tile_pairs(const bf16* const* rows, const 
   vf acc[R][2];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
-    acc[r][0] = accumulate ? load(c + r * NC) : vf{};
-    acc[r][1] = accumulate ? load(c + r * NC + VL) : vf{};
+    acc[r][0] = vf{};
+    acc[r][1] = vf{};
   }
   const int64_t words = depth / 2;
   for (int64_t k = 0; k < words; ++k) {
@@ -71,11 +85,7 @@ inline __attribute__((noinline)) void tile_pairs(const bf16* const* rows, const 
       acc[r][1] = (vf)_mm512_dpbf16_ps((__m512)acc[r][1], a, b1);
     }
   }
-#pragma GCC unroll 12
-  for (int r = 0; r < R; ++r) {
-    store(c + r * NC, acc[r][0]);
-    store(c + r * NC + VL, acc[r][1]);
-  }
+  store_tile<R>(c, acc, accumulate);
 }
 #endif
 

@@ -9,6 +9,7 @@
 #endif
 
 #define DYNCORE_INLINE inline __attribute__((always_inline))
+#define DYNCORE_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace dyncore::DYNCORE_ISA {
 
@@ -91,6 +92,13 @@ DYNCORE_INLINE bf16 from_float<bf16>(float x) {
   return out[0];
 }
 
+inline int64_t panels_of(int64_t columns) {
+  return (columns + NC - 1) / NC;
+}
+inline int panel_width(int64_t columns, int64_t n0) {
+  return static_cast<int>(columns - n0 < NC ? columns - n0 : NC);
+}
+
 // Rows of NC columns, of which `n` exist: absent ones read as 0 and are not written.
 struct Row {
   vf v[NV];
@@ -124,6 +132,12 @@ DYNCORE_INLINE Row zero_row() {
   Row r;
   for (int j = 0; j < NV; ++j) r.v[j] = vf{};
   return r;
+}
+
+DYNCORE_INLINE Row operator+(const Row& a, const Row& b) {
+  Row c;
+  for (int j = 0; j < NV; ++j) c.v[j] = a.v[j] + b.v[j];
+  return c;
 }
 
 DYNCORE_INLINE float sum(vf v) {
