@@ -1,5 +1,6 @@
 #include "common/scratch.h"
 
+#include <cassert>
 #include <cstdlib>
 #include <new>
 
@@ -49,7 +50,7 @@ size_t rounded_bytes(size_t bytes) {
   return (bytes + 63) / 64 * 64 + 64;
 }
 
-Scratch::Scratch(size_t bytes) : block_(nullptr), next_(nullptr), kept_(false) {
+Scratch::Scratch(size_t bytes) : block_(nullptr), next_(nullptr), end_(nullptr), kept_(false) {
   if (bytes == 0) return;
   if (bytes <= kKeptLimit && !kept.in_use) {
     if (kept.bytes < bytes) {
@@ -65,6 +66,7 @@ Scratch::Scratch(size_t bytes) : block_(nullptr), next_(nullptr), kept_(false) {
     block_ = allocate(bytes);
   }
   next_ = block_;
+  end_ = block_ + bytes;
 }
 
 Scratch::~Scratch() {
@@ -78,6 +80,7 @@ Scratch::~Scratch() {
 void* Scratch::take(size_t bytes) {
   char* taken = next_;
   next_ += rounded_bytes(bytes);
+  assert(next_ <= end_);
   return taken;
 }
 

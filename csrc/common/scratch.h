@@ -19,6 +19,7 @@ class Scratch {
  private:
   char* block_;
   char* next_;
+  char* end_;
   bool kept_;
 };
 

@@ -10,8 +10,8 @@ namespace {
 template <class T>
 struct Forward {
   const GroupedLinear& op;
-  TeamScratch scratch;
-  Counter items;
+  TeamScratch scratch = {};
+  Counter items = {};
 };
 
 // y[m][32] of one group, bias and activation included; saves the pre-activation.
@@ -85,10 +85,10 @@ void run(const GroupedLinear& op) {
   const int threads = useful_threads(op.threads, 2.0 * live * op.n * op.k,
                                      sizeof(T) * (double(groups_with_slots(op.plan)) * op.n * op.k +
                                                   double(op.scatter ? op.plan.num_rows : op.plan.capacity) * op.n));
-  Forward<T> f{op, {}, {}};
+  Forward<T> f{op};
   f.scratch = TeamScratch::plan<T>(threads, op.k, op.scatter ? live : largest_group(op.plan));
-  Scratch scratch(rounded_bytes(f.scratch.bytes()));
-  f.scratch.place(scratch.take(f.scratch.bytes()));
+  Scratch block(block_bytes(f.scratch));
+  place_in(block, f.scratch);
   prefer_huge_pages(op.out, (op.scatter ? op.plan.num_rows : op.plan.capacity) * op.n * sizeof(T));
   prefer_huge_pages(op.pre, op.plan.capacity * op.n * sizeof(T));
   zero_slots_from(static_cast<T*>(op.pre), live, op.plan.capacity, op.n);

@@ -13,14 +13,13 @@ namespace {
 template <class T>
 struct Backward {
   const GroupedLinearBackward& op;
-  bool linear;         // no activation
-  const float* scale;  // null where the forward pass did not scale
-  int64_t slots_stride, dy_stride, partial_panels;
-  T* dy;            // [A, dy_stride], for dx
-  T* dy_t;          // [N, slots_stride], for dW
-  float* partials;  // [panels, A], for dscale
-  TeamScratch scratch;
-  Counter dy_items, dx_items, dw_items;
+  bool linear = op.activation == Activation::none;
+  const float* scale = op.scatter ? op.plan.scale : nullptr;  // null where the forward pass did not scale
+  Workspace<T> dy = {};                                       // [A, N], for dx
+  Workspace<T> dy_t = {};                                     // [N, A], for dW
+  Workspace<float> partials = {};                             // [panels, A], for dscale
+  TeamScratch scratch = {};
+  Counter dy_items = {}, dx_items = {}, dw_items = {};
 
   Left<T> grad(int64_t first) const {
     const T* data = static_cast<const T*>(op.grad.data);
@@ -53,10 +52,10 @@ void make_dy(const Backward<T>& b, int64_t g, int64_t panel, int n, float* tile)
         products += dy.v[j] * act.value;
         dy.v[j] *= scale * act.derivative;
       }
-      if (b.partials) b.partials[panel * op.plan.live() + a] = sum(products);
+      if (b.partials) b.partials.row(panel)[a] = sum(products);
     }
     store_row(tile + r * NC, dy, NC);
-    if (b.dy) store_row(b.dy + a * b.dy_stride + n0, dy, n);
+    if (b.dy) store_row(b.dy.row(a) + n0, dy, n);
   }
 }
 
@@ -67,7 +66,7 @@ void dy_panel(const Backward<T>& b, int64_t panel, int64_t g, int thread) {
   const int n = panel_width(op.n, n0);
   float* tile = b.scratch.results(thread);
   with_activation(op.activation, [&](auto a) { make_dy<decltype(a)::value>(b, g, panel, n, tile); });
-  if (b.dy_t) store_transposed(b.dy_t + n0 * b.slots_stride + first, b.slots_stride, tile, m, n);
+  if (b.dy_t) store_transposed(b.dy_t.row(n0) + first, b.dy_t.stride, tile, m, n);
   if (op.dbias) store_column_sums(static_cast<T*>(op.dbias) + g * op.n + n0, tile, m, n);
 }
 
@@ -77,7 +76,7 @@ void dx_group_panel(const Backward<T>& b, int64_t panel, int64_t g, float* tile,
   const GroupedLinearBackward& op = b.op;
   const int64_t first = op.plan.offsets[g], m = op.plan.offsets[g + 1] - first, n0 = panel * NC;
   const int n = panel_width(op.k, n0);
-  const Left<T> dy = b.linear ? b.grad(first) : Left<T>{b.dy + first * b.dy_stride, b.dy_stride, nullptr};
+  const Left<T> dy = b.linear ? b.grad(first) : Left<T>{b.dy.row(first), b.dy.stride, nullptr};
   const Right<T> w = weight_of_group<T>(op.weight, g, true).from_column(n0);
   product(tile, dy, m, op.n, w, n, b.scratch.buffers(thread));
   if (!b.linear || !b.partials) return;
@@ -86,7 +85,7 @@ void dx_group_panel(const Backward<T>& b, int64_t panel, int64_t g, float* tile,
     const Row d = load_row(tile + r * NC, NC), xr = load_row(x.row(r) + n0, n);
     vf products = {};
     for (int j = 0; j < NV; ++j) products += d.v[j] * xr.v[j];
-    b.partials[panel * op.plan.live() + first + r] = sum(products);
+    b.partials.row(panel)[first + r] = sum(products);
   }
 }
 
@@ -127,40 +126,24 @@ void body(void* context, const Team& team) {
     for (int64_t item; (item = b.dw_items.next()) < groups * panels_of(op.k);) {
       const int64_t g = item / panels_of(op.k), k0 = item % panels_of(op.k) * NC, first = op.plan.offsets[g];
       const Left<T> x = b.x(first);
-      weight_gradient_panel(static_cast<T*>(op.dweight) + g * op.n * op.k, op.n, op.k, b.dy_t + first, b.slots_stride,
-                            Right<T>{x.data, 1, x.stride, x.index}, op.plan.offsets[g + 1] - first, k0,
+      weight_gradient_panel(static_cast<T*>(op.dweight) + g * op.n * op.k, op.n, op.k, b.dy_t.data + first,
+                            b.dy_t.stride, Right<T>{x.data, 1, x.stride, x.index}, op.plan.offsets[g + 1] - first, k0,
                             b.scratch.buffers(team.index), b.scratch.results(team.index));
     }
   }
   if (op.dscale) {
     team.barrier();
-    finish_dscale(op.plan, op.dscale, b.partials, b.partial_panels, b.grad(0), b.linear ? op.bias : Matrix{nullptr, 0},
-                  op.n, team);
+    finish_dscale(op.plan, op.dscale, b.partials, b.grad(0), b.linear ? op.bias : Matrix{nullptr, 0}, op.n, team);
   }
 }
 
 template <class T>
 void run(const GroupedLinearBackward& op) {
   const int64_t live = op.plan.live();
-  Backward<T> b{op,
-                op.activation == Activation::none,
-                op.scatter ? op.plan.scale : nullptr,
-                0,
-                0,
-                0,
-                nullptr,
-                nullptr,
-                nullptr,
-                {},
-                {},
-                {},
-                {}};
-  b.slots_stride = workspace_stride(live);
-  b.dy_stride = workspace_stride(op.n);
-  b.partial_panels = panels_of(b.linear ? op.k : op.n);
-  const size_t dy_bytes = op.dx && !b.linear ? live * b.dy_stride * sizeof(T) : 0;
-  const size_t dy_t_bytes = op.dweight ? op.n * b.slots_stride * sizeof(T) : 0;
-  const size_t partial_bytes = op.dscale ? b.partial_panels * live * sizeof(float) : 0;
+  Backward<T> b{op};
+  if (op.dx && !b.linear) b.dy = {live, workspace_stride(op.n)};
+  if (op.dweight) b.dy_t = {op.n, workspace_stride(live)};
+  if (op.dscale) b.partials = {panels_of(b.linear ? op.k : op.n), live};
 
   const double products = double((op.dx ? 1 : 0) + (op.dweight ? 1 : 0)) * op.n * op.k;
   const int threads = useful_threads(op.threads, 2.0 * live * products,
@@ -169,13 +152,8 @@ void run(const GroupedLinearBackward& op) {
   int64_t results = live, depth = op.n > group ? op.n : group;
   if (op.dweight && op.n > results) results = op.n;
   b.scratch = TeamScratch::plan<T>(threads, depth, results);
-  Scratch scratch(rounded_bytes(dy_bytes) + rounded_bytes(dy_t_bytes) + rounded_bytes(partial_bytes) +
-                  rounded_bytes(b.scratch.bytes()));
-  const auto take = [&](size_t bytes) { return bytes ? scratch.take(bytes) : nullptr; };
-  b.dy = static_cast<T*>(take(dy_bytes));
-  b.dy_t = static_cast<T*>(take(dy_t_bytes));
-  b.partials = static_cast<float*>(take(partial_bytes));
-  b.scratch.place(scratch.take(b.scratch.bytes()));
+  Scratch block(block_bytes(b.dy, b.dy_t, b.partials, b.scratch));
+  place_in(block, b.dy, b.dy_t, b.partials, b.scratch);
   if (!op.gather) zero_slots_from(static_cast<T*>(op.dx), live, op.plan.capacity, op.k);
   prefer_huge_pages(op.dx, (op.gather ? op.plan.num_rows : op.plan.capacity) * op.k * sizeof(T));
   prefer_huge_pages(op.dweight, op.plan.groups * op.n * op.k * sizeof(T));

@@ -11,11 +11,10 @@ namespace {
 template <class T>
 struct Forward {
   const GroupedMlp& op;
-  bool gated;
-  int64_t hidden_stride;
-  T* hidden;  // [A, hidden_stride]
-  TeamScratch scratch;
-  Counter hidden_items, out_items;
+  bool gated = is_gated(op.activation);
+  Workspace<T> hidden = {};  // [A, I]
+  TeamScratch scratch = {};
+  Counter hidden_items = {}, out_items = {};
 };
 
 // Bias, activation and stores of one group's hidden panel; `up` is the second half's panel of a gated activation.
@@ -27,7 +26,6 @@ void finish_hidden(const Forward<T>& f, int64_t g, int64_t n0, int n, const floa
   const Row up_bias = up ? bias_row<T>(op.b_in, g, op.i + n0, n) : zero_row();
   const int64_t pre_stride = up ? 2 * op.i : op.i;
   T* pre = op.pre ? static_cast<T*>(op.pre) + first * pre_stride + n0 : nullptr;
-  T* hidden = f.hidden + first * f.hidden_stride + n0;
   for (int64_t r = 0; r < m; ++r) {
     const Row h = load_row(gate + r * NC, NC) + bias;
     Row u;
@@ -38,7 +36,7 @@ void finish_hidden(const Forward<T>& f, int64_t g, int64_t n0, int n, const floa
       for (int j = 0; j < NV; ++j) u.v[j] *= v.v[j];
       if (pre) store_row(pre + r * pre_stride + op.i, v, n);
     }
-    store_row(hidden + r * f.hidden_stride, u, NC);
+    store_row(f.hidden.row(first + r) + n0, u, NC);
   }
 }
 
@@ -67,7 +65,7 @@ void out_panel(const Forward<T>& f, int64_t panel, int thread) {
   for (int64_t g = 0; g < op.plan.groups; ++g) {
     const int64_t first = op.plan.offsets[g], m = op.plan.offsets[g + 1] - first;
     if (m == 0) continue;
-    const Left<T> u{f.hidden + first * f.hidden_stride, f.hidden_stride, nullptr};
+    const Left<T> u{f.hidden.row(first), f.hidden.stride, nullptr};
     float* yg = y + first * NC;
     product(yg, u, m, op.i, weight_of_group<T>(op.w_out, g, false).from_column(n0), n, f.scratch.buffers(thread));
     if (op.b_out.data) {
@@ -92,19 +90,18 @@ void body(void* context, const Team& team) {
 
 template <class T>
 void run(const GroupedMlp& op) {
-  const bool gated = is_gated(op.activation);
+  Forward<T> f{op};
+  const bool gated = f.gated;
   const int64_t live = op.plan.live();
   const int64_t products = (gated ? 3 : 2) * op.h * op.i;
   const int threads =
       useful_threads(op.threads, 2.0 * live * products,
                      sizeof(T) * (double(groups_with_slots(op.plan)) * products + double(op.plan.num_rows) * op.h));
   const int64_t results = gated && 2 * largest_group(op.plan) > live ? 2 * largest_group(op.plan) : live;
-  Forward<T> f{op, gated, workspace_stride(op.i), nullptr, {}, {}, {}};
+  f.hidden = {live, workspace_stride(op.i)};
   f.scratch = TeamScratch::plan<T>(threads, op.h > op.i ? op.h : op.i, results);
-  const size_t hidden_bytes = live * f.hidden_stride * sizeof(T);
-  Scratch scratch(rounded_bytes(hidden_bytes) + rounded_bytes(f.scratch.bytes()));
-  f.hidden = static_cast<T*>(scratch.take(hidden_bytes));
-  f.scratch.place(scratch.take(f.scratch.bytes()));
+  Scratch block(block_bytes(f.hidden, f.scratch));
+  place_in(block, f.hidden, f.scratch);
   prefer_huge_pages(op.out, op.plan.num_rows * op.h * sizeof(T));
   prefer_huge_pages(op.pre, op.plan.capacity * (gated ? 2 * op.i : op.i) * sizeof(T));
   zero_slots_from(static_cast<T*>(op.pre), live, op.plan.capacity, gated ? 2 * op.i : op.i);

@@ -13,15 +13,14 @@ namespace {
 template <class T>
 struct Backward {
   const GroupedMlpBackward& op;
-  bool gated = false, need_pre = false;  // need_pre: any gradient that is made from that of pre
-  int64_t width = 0;         // of pre: I or 2I
-  int64_t slots_stride = 0;  // of the transposed workspaces
-  int64_t pre_stride = 0, hidden_stride = 0;
-  T* dpre = nullptr;          // [A, pre_stride], for dx
-  T* dpre_t = nullptr;        // [width, slots_stride], for dW_in
-  T* hidden = nullptr;        // [A, hidden_stride], for dW_out
-  T* dy_t = nullptr;          // [H, slots_stride], for dW_out
-  float* partials = nullptr;  // [panels of I, A], for dscale
+  bool gated = is_gated(op.activation);
+  int64_t width = gated ? 2 * op.i : op.i;         // of pre
+  bool need_dpre = op.dx || op.dw_in || op.db_in;  // any gradient that is made from that of pre
+  Workspace<T> dpre = {};                          // [A, width], for dx
+  Workspace<T> dpre_t = {};                        // [width, A], for dW_in
+  Workspace<T> hidden = {};                        // [A, I], for dW_out
+  Workspace<T> dy_t = {};                          // [H, A], for dW_out
+  Workspace<float> partials = {};                  // [panels of I, A], for dscale
   TeamScratch scratch = {};
   Counter stage1 = {}, dy_items = {}, dx_items = {}, dw_in_items = {}, dw_out_items = {};
 
@@ -54,11 +53,11 @@ void finish_hidden(const Backward<T>& b, int64_t g, int64_t panel, int n, float*
     store_row(gate + r * NC, dgate, NC);
     if (up) store_row(up + r * NC, dup, NC);
     if (b.dpre) {
-      store_row(b.dpre + a * b.pre_stride + n0, dgate, n);
-      if (up) store_row(b.dpre + a * b.pre_stride + op.i + n0, dup, n);
+      store_row(b.dpre.row(a) + n0, dgate, n);
+      if (up) store_row(b.dpre.row(a) + op.i + n0, dup, n);
     }
-    if (b.hidden) store_row(b.hidden + a * b.hidden_stride + n0, u, n);
-    if (b.partials) b.partials[panel * op.plan.live() + a] = sum(products);
+    if (b.hidden) store_row(b.hidden.row(a) + n0, u, n);
+    if (b.partials) b.partials.row(panel)[a] = sum(products);
   }
 }
 
@@ -75,14 +74,14 @@ void store_hidden(const Backward<T>& b, int64_t g, int64_t panel, int n) {
       const Row v = load_row(pre + op.i, n);
       for (int j = 0; j < NV; ++j) u.v[j] *= v.v[j];
     }
-    store_row(b.hidden + a * b.hidden_stride + n0, u, n);
+    store_row(b.hidden.row(a) + n0, u, n);
   }
 }
 
 template <class T>
 void store_half(const Backward<T>& b, int64_t g, int64_t column, int n, const float* tile) {
   const int64_t first = b.op.plan.offsets[g], m = b.op.plan.offsets[g + 1] - first;
-  if (b.dpre_t) store_transposed(b.dpre_t + column * b.slots_stride + first, b.slots_stride, tile, m, n);
+  if (b.dpre_t) store_transposed(b.dpre_t.row(column) + first, b.dpre_t.stride, tile, m, n);
   if (b.op.db_in) store_column_sums(static_cast<T*>(b.op.db_in) + g * b.width + column, tile, m, n);
 }
 
@@ -91,7 +90,7 @@ void hidden_panel(const Backward<T>& b, int64_t panel, int64_t g, int thread) {
   const GroupedMlpBackward& op = b.op;
   const int64_t first = op.plan.offsets[g], m = op.plan.offsets[g + 1] - first, n0 = panel * NC;
   const int n = panel_width(op.i, n0);
-  if (!b.need_pre && !b.partials) {
+  if (!b.need_dpre && !b.partials) {
     with_activation(op.activation, [&](auto a) { store_hidden<decltype(a)::value>(b, g, panel, n); });
     return;
   }
@@ -120,7 +119,7 @@ void dy_panel(const Backward<T>& b, int64_t panel, int64_t g, int thread) {
     for (int j = 0; j < NV; ++j) row.v[j] *= scale;
     store_row(tile + r * NC, row, NC);
   }
-  if (b.dy_t) store_transposed(b.dy_t + n0 * b.slots_stride + first, b.slots_stride, tile, m, n);
+  if (b.dy_t) store_transposed(b.dy_t.row(n0) + first, b.dy_t.stride, tile, m, n);
   if (op.db_out) store_column_sums(static_cast<T*>(op.db_out) + g * op.h + n0, tile, m, n);
 }
 
@@ -133,7 +132,7 @@ void dx_panel(const Backward<T>& b, int64_t panel, int thread) {
   for (int64_t g = 0; g < op.plan.groups; ++g) {
     const int64_t first = op.plan.offsets[g], m = op.plan.offsets[g + 1] - first;
     if (m == 0) continue;
-    const Left<T> dpre{b.dpre + first * b.pre_stride, b.pre_stride, nullptr};
+    const Left<T> dpre{b.dpre.row(first), b.dpre.stride, nullptr};
     const Right<T> w = weight_of_group<T>(op.w_in, g, true).from_column(n0);
     product(dslots + first * NC, dpre, m, b.width, w, n, b.scratch.buffers(thread));
   }
@@ -150,16 +149,16 @@ void weight_panels(Backward<T>& b, const Team& team) {
     for (int64_t item; (item = b.dw_in_items.next()) < groups * panels_of(op.h);) {
       const int64_t g = item / panels_of(op.h), k0 = item % panels_of(op.h) * NC, first = op.plan.offsets[g];
       const Right<T> x{static_cast<const T*>(op.x.data), 1, op.x.stride, op.plan.rows + first};
-      weight_gradient_panel(static_cast<T*>(op.dw_in) + g * b.width * op.h, b.width, op.h, b.dpre_t + first,
-                            b.slots_stride, x, op.plan.offsets[g + 1] - first, k0, buffers, results);
+      weight_gradient_panel(static_cast<T*>(op.dw_in) + g * b.width * op.h, b.width, op.h, b.dpre_t.data + first,
+                            b.dpre_t.stride, x, op.plan.offsets[g + 1] - first, k0, buffers, results);
     }
   }
   if (op.dw_out) {
     for (int64_t item; (item = b.dw_out_items.next()) < groups * panels_of(op.i);) {
       const int64_t g = item / panels_of(op.i), k0 = item % panels_of(op.i) * NC, first = op.plan.offsets[g];
-      const Right<T> u{b.hidden + first * b.hidden_stride, 1, b.hidden_stride, nullptr};
-      weight_gradient_panel(static_cast<T*>(op.dw_out) + g * op.h * op.i, op.h, op.i, b.dy_t + first, b.slots_stride, u,
-                            op.plan.offsets[g + 1] - first, k0, buffers, results);
+      const Right<T> u{b.hidden.row(first), 1, b.hidden.stride, nullptr};
+      weight_gradient_panel(static_cast<T*>(op.dw_out) + g * op.h * op.i, op.h, op.i, b.dy_t.data + first,
+                            b.dy_t.stride, u, op.plan.offsets[g + 1] - first, k0, buffers, results);
     }
   }
 }
@@ -169,7 +168,7 @@ void body(void* context, const Team& team) {
   Backward<T>& b = *static_cast<Backward<T>*>(context);
   const GroupedMlpBackward& op = b.op;
   const int64_t groups = op.plan.groups;
-  if (b.need_pre || b.hidden || b.partials)
+  if (b.need_dpre || b.hidden || b.partials)
     for (int64_t item; (item = b.stage1.next()) < panels_of(op.i) * groups;)
       hidden_panel(b, item / groups, item % groups, team.index);
   if (b.dy_t || op.db_out)
@@ -178,7 +177,7 @@ void body(void* context, const Team& team) {
   team.barrier();
   if (op.dscale) {
     // Rows by absolute slot: the plan's own list from slot 0.
-    finish_dscale(op.plan, op.dscale, b.partials, panels_of(op.i), b.grad(0), op.b_out, op.h, team);
+    finish_dscale(op.plan, op.dscale, b.partials, b.grad(0), op.b_out, op.h, team);
   }
   if (op.dx) {
     fill_empty_rows(op.plan, Matrix{nullptr, 0}, static_cast<T*>(op.dx), op.h, op.h, team);
@@ -194,18 +193,12 @@ int64_t largest(int64_t a, int64_t b) {
 template <class T>
 void run(const GroupedMlpBackward& op) {
   Backward<T> b{op};
-  b.gated = is_gated(op.activation);
   const int64_t live = op.plan.live();
-  b.width = b.gated ? 2 * op.i : op.i;
-  b.need_pre = op.dx || op.dw_in || op.db_in;
-  b.slots_stride = workspace_stride(live);
-  b.pre_stride = workspace_stride(b.width);
-  b.hidden_stride = workspace_stride(op.i);
-  const size_t dpre_bytes = op.dx ? live * b.pre_stride * sizeof(T) : 0;
-  const size_t dpre_t_bytes = op.dw_in ? b.width * b.slots_stride * sizeof(T) : 0;
-  const size_t hidden_bytes = op.dw_out ? live * b.hidden_stride * sizeof(T) : 0;
-  const size_t dy_t_bytes = op.dw_out ? op.h * b.slots_stride * sizeof(T) : 0;
-  const size_t partial_bytes = op.dscale ? panels_of(op.i) * live * sizeof(float) : 0;
+  if (op.dx) b.dpre = {live, workspace_stride(b.width)};
+  if (op.dw_in) b.dpre_t = {b.width, workspace_stride(live)};
+  if (op.dw_out) b.hidden = {live, workspace_stride(op.i)};
+  if (op.dw_out) b.dy_t = {op.h, workspace_stride(live)};
+  if (op.dscale) b.partials = {panels_of(op.i), live};
 
   const double products = double(b.width + 2 * op.i + b.width) * op.h;  // an estimate: all gradients needed
   const int threads = useful_threads(op.threads, 2.0 * live * products,
@@ -217,15 +210,8 @@ void run(const GroupedMlpBackward& op) {
   if (op.dw_out) results = largest(results, op.h);
   b.scratch = TeamScratch::plan<T>(threads, largest(largest(op.h, b.width), group), results);
 
-  Scratch scratch(rounded_bytes(dpre_bytes) + rounded_bytes(dpre_t_bytes) + rounded_bytes(hidden_bytes) +
-                  rounded_bytes(dy_t_bytes) + rounded_bytes(partial_bytes) + rounded_bytes(b.scratch.bytes()));
-  const auto take = [&](size_t bytes) { return bytes ? scratch.take(bytes) : nullptr; };
-  b.dpre = static_cast<T*>(take(dpre_bytes));
-  b.dpre_t = static_cast<T*>(take(dpre_t_bytes));
-  b.hidden = static_cast<T*>(take(hidden_bytes));
-  b.dy_t = static_cast<T*>(take(dy_t_bytes));
-  b.partials = static_cast<float*>(take(partial_bytes));
-  b.scratch.place(scratch.take(b.scratch.bytes()));
+  Scratch block(block_bytes(b.dpre, b.dpre_t, b.hidden, b.dy_t, b.partials, b.scratch));
+  place_in(block, b.dpre, b.dpre_t, b.hidden, b.dy_t, b.partials, b.scratch);
   prefer_huge_pages(op.dx, op.plan.num_rows * op.h * sizeof(T));
   prefer_huge_pages(op.dw_in, op.plan.groups * b.width * op.h * sizeof(T));
   prefer_huge_pages(op.dw_out, op.plan.groups * op.h * op.i * sizeof(T));

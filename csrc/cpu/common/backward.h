@@ -28,7 +28,8 @@ inline void store_transposed(T* out, int64_t stride, const float* tile, int64_t 
 // out[0:n] = sum of the tile's m rows.
 template <class T>
 inline void store_column_sums(T* out, const float* tile, int64_t m, int n) {
-  const auto add_row = [&](Row& total, int64_t r) DYNCORE_INLINE_LAMBDA { total = total + load_row(tile + r * NC, NC); };
+  const auto add_row = [&](Row& total, int64_t r)
+                           DYNCORE_INLINE_LAMBDA { total = total + load_row(tile + r * NC, NC); };
   store_row(out, pairwise_sum<Row>(0, m, add_row), n);
 }
 
@@ -46,14 +47,10 @@ inline void weight_gradient_panel(T* dweight, int64_t n_rows, int64_t k_columns,
   for (int64_t r = 0; r < n_rows; ++r) store_row(dweight + r * k_columns + k0, load_row(results + r * NC, NC), n);
 }
 
-// Sum of the partial sums [panels][live] of slot a.
-inline float sum_partials(const float* partials, int64_t panels, int64_t live, int64_t a) {
-  return pairwise_sum<float>(0, panels, [&](float& total, int64_t p) { total += partials[p * live + a]; });
-}
-
-// dscale[a] = partial sums + <grad of slot a, bias of its group>. `grad` names the gradient's row of each slot.
+// dscale[a] = partial sums [panels, A] + <grad of slot a, bias of its group>. `grad` names the gradient's row of each
+// slot.
 template <class T>
-inline void finish_dscale(const Plan& plan, float* dscale, const float* partials, int64_t panels, const Left<T>& grad,
+inline void finish_dscale(const Plan& plan, float* dscale, const Workspace<float>& partials, const Left<T>& grad,
                           const Matrix& bias, int64_t width, const Team& team) {
   const int64_t live = plan.live();
   const int64_t begin = plan.capacity * team.index / team.size, end = plan.capacity * (team.index + 1) / team.size;
@@ -64,7 +61,8 @@ inline void finish_dscale(const Plan& plan, float* dscale, const float* partials
       continue;
     }
     while (a >= plan.offsets[g + 1]) ++g;
-    dscale[a] = sum_partials(partials, panels, live, a);
+    const auto add_panel = [&](float& total, int64_t panel) { total += partials.row(panel)[a]; };
+    dscale[a] = pairwise_sum<float>(0, partials.rows, add_panel);
     if (bias.data) dscale[a] += dot_rows(grad.row(a), static_cast<const T*>(bias.data) + g * bias.stride, width);
   }
 }

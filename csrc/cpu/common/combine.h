@@ -1,6 +1,6 @@
 // Slots back to rows: a panel of 32 columns of slot results is summed through the inverse map, in ascending slot order
-// (pairwise where a row has many), in float, and rounded once. A thread owns its columns for all groups, so there are no atomics and the bits do not
-// depend on the thread count.
+// (pairwise where a row has many), in float, and rounded once. A thread owns its columns for all groups, so there are
+// no atomics and the bits do not depend on the thread count.
 #pragma once
 #include "common/threads.h"
 #include "cpu/common/sums.h"

@@ -27,8 +27,8 @@ DYNCORE_INLINE void store_tile(float* c, vf (&acc)[R][2], bool accumulate) {
   }
 }
 
-// c[r][0:32] (+)= sum_k rows[r][k] * b[k][0:32]; b's rows are ldb apart. What c held is added last, so that the sum over
-// k does not lengthen the chain of roundings that made it.
+// c[r][0:32] (+)= sum_k rows[r][k] * b[k][0:32]; b's rows are ldb apart. What c held is added last, so that the sum
+// over k does not lengthen the chain of roundings that made it.
 template <int R>
 inline __attribute__((noinline)) void tile(const float* const* rows, const float* b, int64_t ldb, int64_t depth,
                                            float* c, bool accumulate) {

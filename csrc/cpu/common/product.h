@@ -16,10 +16,10 @@ constexpr int64_t kDotRows = sizeof(T) == 4 ? 48
 constexpr int64_t kDotBytes = 512 << 10;
 // Depth of a packed panel: 256 KB of float, a quarter of a common L2 cache.
 constexpr int64_t KC = 2048;
-// A sum over k is made in chains of this many terms, which add up to panels, which add up to the whole: in one chain the
-// roundings of 65536 equal terms come to 6e-4. Costs 1% of the time of a product.
-constexpr int64_t kChainDepth = 256;
-constexpr int64_t kDotDepth = kChainDepth * VL;  // the dot form has a chain in every lane
+// A sum over k is made in chains of this many terms, which add up to panels, which add up to the whole: in one chain
+// the roundings of 65536 equal terms come to 6e-4. Costs 1% of the time of a product.
+constexpr int64_t kChainDepth = 512;
+constexpr int64_t kDotDepth = 256 * VL;  // the dot form has a chain in every lane
 
 // Left operand: row r is data + (index ? index[r] : r) * stride, contiguous along k.
 template <class T>

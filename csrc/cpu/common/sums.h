@@ -13,9 +13,13 @@ Sum sum_of_halves(int64_t begin, int64_t end, const AddTerm& add_term);
 // Sum over i in [begin, end) of what add_term(total, i) adds to its total, a Row, a vector or a float.
 template <class Sum, class AddTerm>
 DYNCORE_INLINE Sum pairwise_sum(int64_t begin, int64_t end, const AddTerm& add_term) {
-  if (end - begin > kChain) return sum_of_halves<Sum>(begin, end, add_term);
   Sum total{};
-  for (int64_t i = begin; i < end; ++i) add_term(total, i);
+  if (end - begin > kChain) {
+    // Added, not returned: `total` would then be made in memory for the short sums too.
+    total = total + sum_of_halves<Sum>(begin, end, add_term);
+  } else {
+    for (int64_t i = begin; i < end; ++i) add_term(total, i);
+  }
   return total;
 }
 

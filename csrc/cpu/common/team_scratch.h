@@ -1,5 +1,5 @@
-// Scratch memory of a grouped op, split into what each thread needs for its products: a packed panel, widened rows, and
-// `results` rows of 32 floats for panels before their epilogue.
+// Scratch memory of a grouped op: the matrices its stages hand on, and what each thread needs for its products (a
+// packed panel, widened rows, and `results` rows of 32 floats for panels before their epilogue).
 #pragma once
 #include "cpu/common/group.h"
 
@@ -33,5 +33,27 @@ class TeamScratch {
   char* at_ = nullptr;
   size_t panel_size_ = 0, rows_size_ = 0, thread_size_ = 0, bytes_ = 0;
 };
+
+// A matrix in scratch memory; its data are null until it is placed, and where it has no elements.
+template <class T>
+struct Workspace {
+  int64_t rows = 0, stride = 0;
+  T* data = nullptr;
+
+  size_t bytes() const { return rows * stride * sizeof(T); }
+  void place(void* at) { data = bytes() ? static_cast<T*>(at) : nullptr; }
+  T* row(int64_t r) const { return data + r * stride; }
+  explicit operator bool() const { return data != nullptr; }
+};
+
+// One block for all parts, workspaces and TeamScratch alike.
+template <class... Part>
+inline size_t block_bytes(const Part&... parts) {
+  return (rounded_bytes(parts.bytes()) + ...);
+}
+template <class... Part>
+inline void place_in(Scratch& block, Part&... parts) {
+  (parts.place(block.take(parts.bytes())), ...);
+}
 
 }  // namespace dyncore::DYNCORE_ISA
