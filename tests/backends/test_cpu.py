@@ -15,13 +15,6 @@ DTYPES = (torch.float32, torch.bfloat16)
 SIZES = [(0, 3, 5, 7), (1, 1, 1, 1), (33, 4, 31, 63), (64, 3, 100, 33), (150, 2, 64, 96), (90, 5, 3, 100)]
 
 
-@pytest.fixture(params=cpu._native.supported_isas() if cpu.available else ["none"])
-def isa(request):
-    cpu._native.select_isa(request.param)
-    yield request.param
-    cpu._native.select_isa("")
-
-
 @pytest.fixture(params=DTYPES, ids=["fp32", "bf16"])
 def dtype(request):
     return request.param
@@ -303,7 +296,8 @@ def test_activations_at_the_ends_of_the_exponential(isa, activation):
         torch.testing.assert_close(got[sharp].double(), want[sharp], rtol=1e-4, atol=3e-39)
         torch.testing.assert_close(got[h.isfinite()].double(), want[h.isfinite()], rtol=1e-4, atol=1e-36)
     assert out[h == float("inf")] == float("inf")
-    assert torch.isnan(out[h.isnan()]) and torch.isnan(derivative[h.isnan()])
+    assert torch.isnan(out[h.isnan()])
+    assert torch.isnan(derivative[h.isnan()])
 
 
 @pytest.mark.parametrize("operation", ["mlp", "linear"])

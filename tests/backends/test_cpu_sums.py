@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dyncore.backends import cpu, reference
-from tests.backends.test_cpu import isa, unscaled, wide  # noqa: F401
+from tests.backends.test_cpu import unscaled, wide
 from tests.support import assert_values
 
 pytestmark = pytest.mark.skipif(not cpu.available, reason=cpu.reason)

@@ -28,7 +28,7 @@ inline void store_transposed(T* out, int64_t stride, const float* tile, int64_t 
 // out[0:n] = sum of the tile's m rows.
 template <class T>
 inline void store_column_sums(T* out, const float* tile, int64_t m, int n) {
-  const auto add_row = [&](Row& total, int64_t r)
+  const auto add_row = [=](Row& total, int64_t r)
                            DYNCORE_INLINE_LAMBDA { total = total + load_row(tile + r * NC, NC); };
   store_row(out, pairwise_sum<Row>(0, m, add_row), n);
 }
@@ -61,7 +61,7 @@ inline void finish_dscale(const Plan& plan, float* dscale, const Workspace<float
       continue;
     }
     while (a >= plan.offsets[g + 1]) ++g;
-    const auto add_panel = [&](float& total, int64_t panel) { total += partials.row(panel)[a]; };
+    const auto add_panel = [=](float& total, int64_t panel) { total += partials.row(panel)[a]; };
     dscale[a] = pairwise_sum<float>(0, partials.rows, add_panel);
     if (bias.data) dscale[a] += dot_rows(grad.row(a), static_cast<const T*>(bias.data) + g * bias.stride, width);
   }

@@ -11,8 +11,9 @@ namespace dyncore::DYNCORE_ISA {
 // Sum over row t's slots a of scale[a] * slots[a * stride : ...+n]; not scaled where scale is null.
 template <class T>
 DYNCORE_INLINE Row combine_row(const Plan& plan, int64_t t, const T* slots, int64_t stride, const float* scale, int n) {
-  const auto add_slot = [&](Row& total, int64_t s) DYNCORE_INLINE_LAMBDA {
-    const int64_t a = plan.row_slots[s];
+  const int32_t* row_slots = plan.row_slots;
+  const auto add_slot = [=](Row& total, int64_t s) DYNCORE_INLINE_LAMBDA {
+    const int64_t a = row_slots[s];
     const Row y = load_row(slots + a * stride, n);
     const float factor = scale ? scale[a] : 1.0f;
     for (int j = 0; j < NV; ++j) total.v[j] += factor * y.v[j];
