@@ -52,8 +52,8 @@ class Plan:
             num_rows: T.
             scale: float [A] or None.
 
-        Raises TypeError, ValueError or IndexError (a row outside 0..T-1) on bad slots; on an accelerator values are
-        checked under DYNCORE_CHECK=1 only.
+        Raises TypeError, ValueError (offsets that fall, rows that fall inside a group) or IndexError (a row outside
+        0..T-1). On an accelerator offsets and rows are checked against their bounds under DYNCORE_CHECK=1 only.
         """
         for name, t in (("rows", rows), ("offsets", offsets)):
             _expect_tensor(name, t, dims=1)
@@ -69,6 +69,14 @@ class Plan:
         _expect_scale("scale", scale, rows.shape, rows.device)
         rows, offsets = rows.int().contiguous(), offsets.int().contiguous()
         row_offsets, row_slots = torch.ops.dyncore.plan_inverse(rows, offsets, num_rows)
+        if _is_eager_cpu(rows):
+            rises = torch.ones(rows.shape[0] + 1, dtype=torch.bool)  # slot a does not lie below slot a - 1
+            rises[1:-1] = rows[1:] >= rows[:-1]
+            rises[offsets.long()] = True  # where a group begins
+            if not rises[: int(offsets[-1])].all():
+                slot = int(rises.logical_not().nonzero()[0])
+                pair = f"{int(rows[slot - 1])} then {int(rows[slot])} at slot {slot}"
+                raise ValueError(f"rows: expected ascending rows inside a group, got {pair}")
         exact = _is_eager_cpu(rows) and int(offsets[-1]) == rows.shape[0]
         return cls(rows, offsets, scale, num_rows, row_offsets, row_slots, exact)
 

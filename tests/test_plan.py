@@ -245,6 +245,7 @@ BAD_CALLS = [
     (lambda: dc.Plan.from_slots(torch.tensor([0]), torch.tensor([0, 1]), num_rows=2.5), TypeError, "num_rows: expected an int, got float"),
     (lambda: dc.route_mask(torch.ones(4, 2).bool(), max_slots=4.0), TypeError, "max_slots: expected an int, got float"),
     (lambda: dc.select(torch.ones(3).bool()).to(torch.float64), TypeError, "device: expected a device, got torch.float64"),
+    (lambda: dc.Plan.from_slots(torch.tensor([1, 3, 2, 0]), torch.tensor([0, 0, 3, 4]), num_rows=9), ValueError, "rows: expected ascending rows inside a group, got 3 then 2 at slot 2"),
     (lambda: dc.Plan.from_slots(torch.tensor([0.0]), torch.tensor([0, 1]), num_rows=9), TypeError, "rows: expected int32 or int64"),
 ]  # fmt: skip
 

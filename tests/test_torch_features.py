@@ -81,10 +81,29 @@ def test_inductor_gives_the_same_values_and_gradients_without_recompiling_for_an
 
 def test_second_derivatives_are_refused():
     model, x = SkippedMLP(), torch.randn(5, 16, requires_grad=True)
+    for loss in (lambda y: y.square().sum(), lambda y: y.sum()):  # the second: its gradient is a constant
+        with dc.execution("sparse"):
+            (grad,) = torch.autograd.grad(loss(model(x)), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="first derivatives only"):
+            grad.square().sum().backward()
+
+
+def test_forward_derivatives_are_refused():
+    x, w = torch.randn(5, 4), torch.randn(1, 4, 4)
+    plan = dc.select(torch.arange(5) < 3)
     with dc.execution("sparse"):
-        (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+        with pytest.raises(RuntimeError, match=r"setup_context|jvp"):
+            torch.func.jvp(lambda a: dc.grouped_linear(a, w, plan=plan), (x,), (x,))
+        with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp"):
+            dc.grouped_linear(torch.autograd.forward_ad.make_dual(x, x), w, plan=plan)
+
+
+def test_meta_tensors_give_meta_results():
+    x, w = torch.randn(5, 4, device="meta"), torch.randn(1, 8, 4, device="meta")
+    plan = dc.select(torch.ones(5, dtype=torch.bool, device="meta"))
+    out = dc.grouped_mlp(x, w, w.transpose(1, 2), plan=plan, residual=x)
+    assert out.device.type == "meta"
+    assert out.shape == (5, 4)
 
 
 @pytest.mark.slow

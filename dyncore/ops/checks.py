@@ -47,6 +47,7 @@ def expect_rows(name: str, x: Tensor, plan: Plan) -> Tensor:
     if flat.shape[0] != plan.num_rows:
         raise ValueError(
             f"{name}: expected {plan.num_rows} rows (plan.num_rows), got {flat.shape[0]} in shape {list(x.shape)}"
+            + ("; these are slots: gather=False?" if flat.shape[0] == plan.num_slots else "")
         )
     return flat
 
@@ -56,7 +57,10 @@ def expect_slots(name: str, y: Tensor, plan: Plan) -> Tensor:
     if y.dim() != 2:
         raise ValueError(f"{name}: expected shape [A, D], got {list(y.shape)}")
     if y.shape[0] != plan.num_slots:
-        raise ValueError(f"{name}: expected {plan.num_slots} slots (plan.rows), got {y.shape[0]} in {list(y.shape)}")
+        hint = "; these are rows: gather=True, or gather_rows first?" if y.shape[0] == plan.num_rows else ""
+        raise ValueError(
+            f"{name}: expected {plan.num_slots} slots (plan.rows), got {y.shape[0]} in {list(y.shape)}{hint}"
+        )
     _expect_device(name, y, plan)
     return y
 
@@ -86,15 +90,16 @@ def expect_activation(activation: object, gated: bool) -> None:
         raise ValueError(f"activation: expected one of {known}, got {activation!r}{hint}")
 
 
+def autocast_on(x: Tensor) -> bool:
+    """Whether autocast is on for x's device (the meta device has none)."""
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in autocast's dtype where autocast is on for the first, as torch.nn.functional.linear has them."""
     first = tensors[0]
     assert first is not None
-    if not torch.is_autocast_enabled(first.device.type):
+    if not autocast_on(first):
         return tensors
     dtype = torch.get_autocast_dtype(first.device.type)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
-
-
-def wants_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

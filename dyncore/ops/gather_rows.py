@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dyncore.ops.checks import expect_plan, expect_rows, expect_tensor, wants_grad
+from dyncore.ops.autograd import first_derivative_only, wants_grad
+from dyncore.ops.checks import expect_plan, expect_rows, expect_tensor
 from dyncore.plan import Plan
 
 _gather = torch.ops.dyncore.gather_rows.default
@@ -19,7 +20,7 @@ class _GatherRows(torch.autograd.Function):
         return _gather(x, rows, offsets)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, grad):
         rows, offsets, row_offsets, row_slots = ctx.saved_tensors
         return _scatter(grad, None, rows, offsets, None, row_offsets, row_slots), None, None, None, None

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dyncore import activations
+from dyncore.ops.autograd import first_derivative_only, wants_grad
 from dyncore.ops.checks import (
     autocast,
     expect_activation,
@@ -16,7 +17,6 @@ from dyncore.ops.checks import (
     expect_shape,
     expect_slots,
     expect_tensor,
-    wants_grad,
 )
 from dyncore.ops.flops import live_slots
 from dyncore.ops.masked import compute_masked, only, selection, weighted
@@ -49,7 +49,7 @@ class _GroupedLinear(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, grad):
         x, weight, bias, pre, *plan = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:4])

@@ -8,14 +8,15 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dyncore import activations
+from dyncore.ops.autograd import first_derivative_only, wants_grad
 from dyncore.ops.checks import (
     autocast,
+    autocast_on,
     expect_activation,
     expect_plan,
     expect_rows,
     expect_shape,
     expect_tensor,
-    wants_grad,
 )
 from dyncore.ops.flops import live_slots
 from dyncore.ops.masked import compute_masked, only, selection, weighted
@@ -48,7 +49,7 @@ class _GroupedMLP(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, grad):
         x, w_in, w_out, b_in, b_out, pre, *plan = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:6])
@@ -120,7 +121,7 @@ def grouped_mlp(
     if residual is not None and expect_tensor("residual", residual).shape != shape:
         raise ValueError(f"residual: expected the shape of x, {list(shape)}, got {list(residual.shape)}")
     x, w_in, w_out, b_in, b_out = autocast(x, w_in, w_out, b_in, b_out)  # type: ignore[assignment]
-    if residual is not None and residual.dtype != x.dtype and torch.is_autocast_enabled(x.device.type):
+    if residual is not None and residual.dtype != x.dtype and autocast_on(x):
         y = grouped_mlp(x, w_in, w_out, b_in, b_out, plan=plan, activation=activation)
         has_slot = (plan.row_offsets.diff() > 0).view(*shape[:-1], 1)
         return torch.where(has_slot, residual + y, residual)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dyncore.ops.checks import expect_plan, expect_rows, expect_shape, expect_slots, expect_tensor, wants_grad
+from dyncore.ops.autograd import first_derivative_only, wants_grad
+from dyncore.ops.checks import expect_plan, expect_rows, expect_shape, expect_slots, expect_tensor
 from dyncore.plan import Plan
 
 _gather = torch.ops.dyncore.gather_rows.default
@@ -21,7 +22,7 @@ class _ScatterRows(torch.autograd.Function):
         return _scatter(y, base, rows, offsets, scale, row_offsets, row_slots)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, grad):
         y, scale, rows, offsets, row_offsets, row_slots = ctx.saved_tensors
         need_y, need_base, need_scale = ctx.needs_input_grad[:3]

@@ -1,0 +1,46 @@
+"""What the ops' autograd functions share: when they are needed, and that they have first derivatives only."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether a call is to be differentiated: backward, or forward (which an autograd function refuses in words)."""
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+class _Refuse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, grad, anchor):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError("dyncore's ops have first derivatives only: this asks for the derivative of a gradient")
+
+
+def first_derivative_only(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
+    """Decorates a backward whose result may be asked for with create_graph=True, but not differentiated again.
+
+    torch's once_differentiable lets a gradient through as a constant where the incoming gradient is one.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx, *grads):
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        anchor = torch.empty(0, requires_grad=True)
+        return tuple(None if g is None else _Refuse.apply(g, anchor) for g in results)
+
+    return run
