@@ -1,6 +1,7 @@
 """The bench: right numbers first, then times; every file is written; what fails is said."""
 
 import dataclasses
+import importlib
 import json
 import re
 import subprocess
@@ -19,7 +20,9 @@ from dyncore.measure import read_results
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 from dyncore import cli
-from dyncore.bench import page, plots, table
+from dyncore.bench import page, plots, run, table
+
+environment = importlib.import_module("dyncore.measure.environment")  # the name in dyncore.measure is the function
 
 QUICK = {"seconds": 0, "min_rounds": 2}
 
@@ -191,10 +194,58 @@ def test_plots_are_images_and_the_page_needs_no_network(records, tmp_path):
 def test_losing_points_are_shown_like_the_others(records):
     lost = json.loads(json.dumps(records[0]))
     lost["against"]["naive"], lost["wall_clock_speedup"] = 0.5, 0.25
+    for variant in lost["variants"].values():
+        variant["spread"] = 0.0
     assert "0.50" in table.cells(lost)
     assert "0.25" in table.cells(lost)
     (sentence,) = table.summary({"records": [lost]})
     assert "naive at 0 of 1 (median 0.50x)" in sentence
+
+
+@pytest.mark.parametrize(("noisy", "marked"), [("dyncore", "both"), ("naive", "naive"), ("dense", "dense")])
+def test_ratios_of_samples_that_spread_widely_are_marked(records, noisy, marked):
+    record = json.loads(json.dumps(records[0]))
+    for name, variant in record["variants"].items():
+        variant["spread"] = 0.31 if name == noisy else 0.3
+    row = dict(zip(table.COLUMNS, table.cells(record), strict=True))
+    assert row["time x"].endswith("~") == row["SE"].endswith("~") == (marked in ("both", "dense"))
+    assert row["vs naive"].endswith("~") == (marked in ("both", "naive"))
+    assert "~: samples of either side spread by more than 30%" in str(table.render([record]).caption)
+    results = {"records": [record], "errors": [], "interrupted": False, "command": "dyncore bench", "created": "now"}
+    assert f">{row['time x']}</td>" in page.page(results | {"environment": dc.measure.environment()}, {})
+
+
+def test_a_busy_or_oversubscribed_machine_is_named_at_the_start_under_the_table_and_on_the_page(
+    small_caches, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(run.os, "getloadavg", lambda: (100.04 * run.os.cpu_count(), 0.0, 0.0))
+    monkeypatch.setattr(run, "usable_cores", lambda: torch.get_num_threads() - 1)
+    monkeypatch.setattr(run, "points", lambda *args: [rigged()])
+    assert cli.main(["bench", "--tiny", "--out", str(tmp_path)]) == 0
+    results = read_results(tmp_path / "results.json")
+    threads, load = torch.get_num_threads(), 100.04 * run.os.cpu_count()
+    assert results["warnings"] == [
+        f"{threads} threads share {threads - 1} usable cores and wait for each other: ratios may be off",
+        f"other programs keep this machine busy (load {load:.1f}): ratios may be off",
+    ]
+    out, err = capsys.readouterr()
+    text = (tmp_path / "index.html").read_text()
+    assert all(f"warning: {warning}\n" in out and f"warning: {warning}\n" in err for warning in results["warnings"])
+    assert all(f"Warning: {warning}" in text for warning in results["warnings"])
+
+
+def test_a_quiet_machine_has_no_warnings(monkeypatch):
+    monkeypatch.setattr(run.os, "getloadavg", lambda: (run.os.cpu_count() / 2, 99.0, 99.0))
+    monkeypatch.setattr(run, "usable_cores", torch.get_num_threads)
+    assert run.warnings() == []
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("max 100000", 8), ("150000 100000", 2), ("900000 100000", 8), ("", 8)])
+def test_usable_cores_are_those_of_the_affinity_or_of_the_quota(monkeypatch, tmp_path, quota, cores):
+    (tmp_path / "cpu.max").write_text(quota)
+    monkeypatch.setattr(environment, "_CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(environment.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert environment.usable_cores() == cores
 
 
 def test_the_page_escapes_what_it_is_given(records):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dyncore.bench.plots import PLOTS
-from dyncore.bench.table import COLUMNS, RIVALS, cells, summary
+from dyncore.bench.table import COLUMNS, NOISY, RIVALS, SPREAD, cells, summary
 
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1f2328; --lines: #d0d7de; --band: #f6f8fa; --gain: #116329;
@@ -32,7 +32,7 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem } dd
 def _table(records: list[dict[str, Any]]) -> str:
     def cell(i: int, text: str) -> str:
         speedup = (i == 12 or i >= 14) and text != "-"
-        kind = f' class="{"gain" if float(text) >= 1 else "loss"}"' if speedup else ""
+        kind = f' class="{"gain" if float(text.rstrip(NOISY)) >= 1 else "loss"}"' if speedup else ""
         return f"<td{kind}>{escape(text)}</td>"
 
     head = "".join(f"<th>{escape(column)}</th>" for column in COLUMNS)
@@ -74,9 +74,11 @@ def page(results: dict[str, Any], plots: dict[str, bytes]) -> str:
     interrupted = "<p><strong>Interrupted: not all points were measured.</strong></p>" if results["interrupted"] else ""
     errors = [escape(f"{e['point']}: {e['variant']}: {e['message']}") for e in results["errors"]]
     missing = {f"{name}: {why}" for r in results["records"] for name, why in r["unavailable"].items()}
+    warnings = [f"<p><strong>Warning: {escape(text)}</strong></p>" for text in results.get("warnings", [])]
     parts = [
         "<h1>dyncore bench</h1>",
         interrupted,
+        *warnings,
         "".join(f"<p>{escape(sentence)}</p>" for sentence in summary(results)),
         "<h2>Errors: wrong numbers, no times</h2>" + _list(errors) if errors else "",
         *(_picture(name, plots) for name in PLOTS if name in plots),
@@ -85,7 +87,7 @@ def page(results: dict[str, Any], plots: dict[str, bytes]) -> str:
         "<p>FLOPs are 2 per multiply-add, matrix products alone, counted as executed. Times are medians of interleaved "
         "rounds, ± the interquartile range; making plans and index lists is included. FLOPs x and time x are speed-ups "
         "against dense, SE = time x / FLOPs x; vs: wall-clock speed-up against a rival. Weights come from memory, as "
-        "in a deep model, except for the digits model at its own width. Raw samples: results.json.</p>",
+        f"in a deep model, except for the digits model at its own width. {SPREAD}. Raw samples: results.json.</p>",
         _list([f"{escape(heading)}: {escape(what)}" for heading, what in RIVALS.values()]),
         "<h2>Not available here</h2>" + _list([escape(line) for line in sorted(missing)]) if missing else "",
         "<h2>Machine</h2>",

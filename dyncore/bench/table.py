@@ -8,6 +8,9 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+NOISY = "~"  # after a ratio
+_NOISY_ABOVE = 0.3
+SPREAD = f"{NOISY}: samples of either side spread by more than {_NOISY_ABOVE:.0%} (interquartile range over median)"
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 RIVALS = {  # record name -> (heading, what it is)
     "dense": ("dense", "the same layer without skipping; for MoE, every expert on every row"),
@@ -34,6 +37,13 @@ def _number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def _ratio(record: dict[str, Any], value: float | None, rival: str) -> str:
+    """A ratio of two times, marked where the samples of either spread widely."""
+    spreads = [record["variants"][name]["spread"] for name in ("dyncore", rival) if name in record["variants"]]
+    mark = NOISY if value is not None and max(spreads) > _NOISY_ABOVE else ""
+    return _number(value) + mark
+
+
 def milliseconds(variant: dict[str, Any] | None) -> str:
     if variant is None:
         return "-"
@@ -57,9 +67,9 @@ def cells(record: dict[str, Any]) -> list[str]:
         milliseconds(variants["dense"]),
         milliseconds(variants.get("naive")),
         _number(record["flop_speedup"]),
-        _number(record["wall_clock_speedup"]),
-        _number(record["se"]),
-        *(_number(against.get(name)) for name in RIVALS if name != "dense"),
+        _ratio(record, record["wall_clock_speedup"], "dense"),
+        _ratio(record, record["se"], "dense"),
+        *(_ratio(record, against.get(name), name) for name in RIVALS if name != "dense"),
     ]
 
 
@@ -85,6 +95,7 @@ COLUMNS = [
 def render(records: list[dict[str, Any]]) -> Table:
     """A table of all records: FLOPs x, time x and SE are against dense; "vs" are wall-clock speed-ups."""
     caption = "FLOPs x, time x: speed-ups against dense; SE = time x / FLOPs x; vs: wall-clock speed-up against a rival"
+    caption += f"\n{SPREAD}"
     table = Table(caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for i, column in enumerate(COLUMNS):
         # headings are broken at spaces; a narrow terminal breaks shapes too, never a number
@@ -100,7 +111,7 @@ def render(records: list[dict[str, Any]]) -> Table:
         row = cells(record)
         for i in [12, *range(14, len(row))]:  # speed-ups: at a glance, which are gains
             if row[i] != "-":
-                row[i] = f"[{'green' if float(row[i]) >= 1 else 'red'}]{row[i]}[/]"
+                row[i] = f"[{'green' if float(row[i].rstrip(NOISY)) >= 1 else 'red'}]{row[i]}[/]"
         table.add_row(*row)
     return table
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import math
 import os
 import platform
 import subprocess
@@ -16,6 +17,7 @@ import dyncore
 from dyncore.backends import cpu, triton
 
 _CACHE_ROOT = Path("/sys/devices/system/cpu/cpu0/cache")
+_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -34,6 +36,19 @@ def last_level_cache() -> int:
         return max(_cache_sizes(), default=2**25)
     except (OSError, ValueError):
         return 2**25
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: those of its affinity, or fewer where a container's quota allows less."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    try:
+        quota, period = _CPU_QUOTA.read_text().split()
+        return cores if quota == "max" else min(cores, max(1, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):
+        return cores
 
 
 def _cpu_name() -> str:
@@ -89,6 +104,7 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
+        "usable_cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "isa": cpu.isa() if cpu.available else None,
         "last_level_cache_bytes": last_level_cache(),

@@ -1,7 +1,7 @@
 """Results as plain dicts of one versioned schema, written whole or not at all.
 
-    {"schema": "dyncore.results/1", "created": ISO time, "command": str, "environment": {...}, "interrupted": bool,
-     "records": [...], "errors": [{"point": str, "variant": str, "message": str}]}
+    {"schema": "dyncore.results/1", "created": ISO time, "command": str, "environment": {...}, "warnings": [str],
+     "interrupted": bool, "records": [...], "errors": [{"point": str, "variant": str, "message": str}]}
 
 A record: mechanism, input, shape {letter: size}, dtype, phase, keep_ratio, execution, flops {executed, dense},
 variants {name: {median_ms, spread, samples_ns}}, flop_speedup, wall_clock_speedup, se, rsr (all against "dense"),
@@ -29,6 +29,7 @@ def new_results(command: str) -> dict[str, Any]:
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": command,
         "environment": environment(),
+        "warnings": [],
         "interrupted": False,
         "records": [],
         "errors": [],
