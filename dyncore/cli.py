@@ -6,14 +6,18 @@ env needs torch alone; bench needs the extra dyncore[bench], and says so where i
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+
+import dyncore
 
 _DTYPES = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
 _BENCH_NEEDS = ("rich", "matplotlib")
@@ -51,14 +55,28 @@ def _dtype(text: str) -> torch.dtype:
 
 
 def _folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("expected a folder, got ''")
     path = Path(text)
-    if path.exists() and not path.is_dir():
+    if os.path.exists(path) and not path.is_dir():
         raise argparse.ArgumentTypeError(f"expected a folder, {text!r} is a file")
     return path
 
 
+def _made(folder: Path, parser: argparse.ArgumentParser) -> Path:
+    """The folder, made and writable; else the command ends before anything is measured."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --out: cannot make the folder {str(folder)!r}: {error.strerror}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        parser.error(f"argument --out: cannot write into the folder {str(folder)!r}")
+    return folder
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="dyncore", description="Conditional computation that pays: what is here, and what it gains.")
+    parser.add_argument("--version", action="version", version=f"dyncore {dyncore.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     env = commands.add_parser("env", help="versions, instruction set, threads, and each backend or why it is missing")
     env.add_argument("--json", action="store_true", help="as JSON, for a bug report")
@@ -131,12 +149,13 @@ def _bench(args: argparse.Namespace, argv: Sequence[str]) -> int:
         return 1
     from dyncore.bench.run import Options, run
 
+    default = Path("bench-results") / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     options: dict[str, Any] = {
         "names": tuple(dict.fromkeys(args.names)),
         "size": args.size,
         "dtype": args.dtype,
         "threads": args.threads,
-        "out": args.out,
+        "out": _made(args.out or default, args.parser),
         "seconds": args.seconds or _SECONDS[args.size],
         "min_rounds": _MIN_ROUNDS[args.size],
         "command": " ".join(["dyncore", *argv]),
@@ -145,11 +164,18 @@ def _bench(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit status: 0, 1 (something failed), 2 (bad arguments), 130 (Ctrl-C)."""
+    """Run the command; the exit status: 0, 1 (something failed), 2 (bad arguments), 130 (Ctrl-C), 141 (a reader of the
+    output left)."""
     argv = sys.argv[1:] if argv is None else argv
-    args = _parser().parse_args(argv)
     try:
-        return _print_env(args.json) if args.command == "env" else _bench(args, argv)
+        try:
+            args = _parser().parse_args(argv)
+            return _print_env(args.json) if args.command == "env" else _bench(args, argv)
+        finally:
+            sys.stdout.flush()  # a pipe without a reader shows here, not at exit
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer goes nowhere
+        return 141
     except KeyboardInterrupt:
         print("Interrupted", file=sys.stderr)
         return 130

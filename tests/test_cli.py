@@ -77,6 +77,13 @@ def test_help_has_examples_and_all_options():
         (["bench", "--seconds", "nan"], "argument --seconds: expected a number above 0, got 'nan'"),
         (["bench", "--quick", "--full"], "argument --full: not allowed with argument --quick"),
         (["bench", "--out", __file__], "argument --out: expected a folder, "),
+        (["bench", "--tiny", "--out", ""], "argument --out: expected a folder, got ''"),
+        (
+            ["bench", "--tiny", "--out", "/proc/nope"],
+            "argument --out: cannot make the folder '/proc/nope': No such file or",
+        ),
+        (["bench", "--tiny", "--out", f"{__file__}/x"], f"cannot make the folder '{__file__}/x': Not a directory"),
+        (["bench", "--tiny", "--out", "x" * 300], "xxx': File name too long"),
         (["sing"], "argument command: invalid choice: 'sing'"),
         ([], "the following arguments are required: command"),
     ],
@@ -86,6 +93,40 @@ def test_bad_arguments_are_one_line_and_status_2(args, message):
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("args", [["env"], ["--help"]])
+def test_a_reader_that_leaves_early_gets_no_traceback(args):
+    """As in `dyncore env | head -0`: the pipe has no reader by the time of the first write."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "dyncore", *args]
+    try:
+        buffered = ENVIRONMENT | {"PYTHONUNBUFFERED": ""}  # argparse ignores what fails in its own write
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=300, env=buffered)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_ctrl_c_while_the_parts_of_a_command_are_imported_is_quiet():
+    code = (
+        "import builtins, os, signal, sys\n"
+        "from dyncore.cli import main\n"
+        "real = builtins.__import__\n"
+        "def interrupted(name, *args):\n"
+        "    if name == 'dyncore.measure': os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return real(name, *args)\n"
+        "builtins.__import__ = interrupted\n"
+        "sys.exit(main(['env']))"
+    )
+    done = run(command=(sys.executable, "-c", code))
+    assert (done.returncode, done.stderr) == (130, "Interrupted\n")
+
+
+def test_the_version_is_the_packages():
+    done = run("--version")
+    assert (done.returncode, done.stdout) == (0, f"dyncore {dyncore.__version__}\n")
 
 
 def test_a_bench_from_end_to_end_writes_all_files_and_a_table(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,13 +24,14 @@ INTERRUPTED = 130  # exit status of a process that Ctrl-C ended
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What `dyncore bench` was asked for; `seconds` and `min_rounds` bound the timing of each point."""
+    """What `dyncore bench` was asked for: the report goes into `out`, a folder that exists; `seconds` and `min_rounds`
+    bound the timing of each point."""
 
+    out: Path
     names: tuple[str, ...] = ()
     size: str = "quick"
     dtype: torch.dtype | None = None
     threads: int | None = None
-    out: Path | None = None
     seconds: float = 1.0
     min_rounds: int = 5
     command: str = "dyncore bench"
@@ -91,20 +91,19 @@ def run(options: Options) -> int:
     """Sweep, print the table, write results.json, plots and index.html; the exit status."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    folder = options.out or Path("bench-results") / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = options.out
     out, log = Console(), Console(stderr=True)
     if not out.is_terminal:
         out.width = 160  # a table in a file or pipe is not broken at 80 columns
     chosen = points(options.names, options.size, options.dtype)
     results = sweep(chosen, folder, options, log)
     if results["records"]:
+        write_page(folder, results, write_plots(folder, results["records"]))  # first: a reader of the output may leave
         out.print(render(results["records"]))
         for sentence in summary(results):
             out.print(sentence, highlight=False, soft_wrap=True)
         for warning in results["warnings"]:
             out.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
-        write_page(folder, results, write_plots(folder, results["records"]))
         out.print(f"Report: {folder / 'index.html'}", highlight=False, soft_wrap=True)
     if results["interrupted"]:
         log.print(
