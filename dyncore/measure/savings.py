@@ -97,13 +97,16 @@ class Savings:
 
     def __str__(self) -> str:
         lines = [
-            f"{name:7} {self.flops[name] / 1e9:10.4f} GFLOP {timing.median * 1e3:10.3f} ms +-{timing.spread:.0%}"
+            f"{name:7} {self.flops[name] / 1e9:10.4f} GFLOP {timing.median * 1e3:10.3f} ms ±{timing.spread:.0%}"
             for name, timing in self.timings.items()
         ]
-        rsr = "-" if self.rsr is None else f"{self.rsr:.2f}"
+        # where next to nothing was skipped, both ratios are of noise
+        skipped = f"{self.flop_speedup:.2f}" != "1.00"
+        se = f"{self.se:.2f}" if skipped else "- (nothing was skipped)"
+        rsr = f"{self.rsr:.2f}" if skipped and self.rsr is not None else "-"
         lines.append(
             f"against {self.baseline}: FLOPs {self.flop_speedup:.2f}x, wall clock {self.wall_clock_speedup:.2f}x, "
-            f"SE {self.se:.2f}, RSR {rsr}"
+            f"SE {se}, RSR {rsr}"
         )
         return "\n".join(lines)
 
@@ -155,7 +158,8 @@ def _expect_agreement(sparse: _Run, masked: _Run, tolerance: float | None) -> No
             if why:
                 raise ValueError(
                     f"module: {kind} {i} differs between sparse and masked execution: {why}; no saving is reported "
-                    "on wrong numbers"
+                    "on wrong numbers. The usual causes: dropout in training mode; a module that mixes rows, such as "
+                    "BatchNorm or a block without positions=/live="
                 )
 
 
@@ -176,16 +180,18 @@ def savings(
         dense: its dense twin, called with the same inputs; then the ratios are against it, else against "masked".
         backward: time forward and backward (gradients of parameters and of inputs that require them) instead of
             forward without gradients.
-        seconds, min_rounds: of the timing, as in Interleaved.run.
+        seconds, min_rounds: of the timing, as in Interleaved.run; `seconds` is above 0.
         tolerance: largest error over max(rms, |value|) at which the modes agree; by default that of one op in the
             module's dtype, which a deep network in 16 bits may exceed.
 
-    Raises ValueError if sparse and masked execution disagree (no saving is reported on wrong numbers), TypeError if
-    `module` or `dense` cannot be called.
+    Raises ValueError if sparse and masked execution disagree (no saving is reported on wrong numbers) or
+    `seconds` is not above 0, TypeError if `module` or `dense` cannot be called.
     """
     for name, fn in (("module", module), ("dense", dense)):
         if not callable(fn) and not (name == "dense" and fn is None):
             raise TypeError(f"{name}: expected a module or another callable, got {type(fn).__name__}")
+    if not seconds > 0:
+        raise ValueError(f"seconds: expected a number above 0, got {seconds}")
     runs = {mode: _runner(module, inputs, mode, backward) for mode in ("sparse", "masked")}
     if dense is not None:
         runs["dense"] = _runner(dense, inputs, "auto", backward)

@@ -55,7 +55,7 @@ class Skipping(nn.Module):
 
 
 def test_savings_of_a_module_counts_each_execution():
-    saved = dc.measure.savings(Skipping(), torch.randn(64, 16), seconds=0, min_rounds=2)
+    saved = dc.measure.savings(Skipping(), torch.randn(64, 16), seconds=1e-9, min_rounds=2)
     assert saved.flops == {"sparse": 16 * 4 * 16 * 32, "masked": 64 * 4 * 16 * 32}
     assert saved.flop_speedup == 4
     assert saved.baseline == "masked"
@@ -64,14 +64,14 @@ def test_savings_of_a_module_counts_each_execution():
 
 def test_savings_with_backward_counts_three_times_the_forward_for_weights_and_inputs():
     x = torch.randn(64, 16, requires_grad=True)
-    saved = dc.measure.savings(Skipping(), x, backward=True, seconds=0, min_rounds=1)
+    saved = dc.measure.savings(Skipping(), x, backward=True, seconds=1e-9, min_rounds=1)
     assert saved.flops["sparse"] == 3 * 16 * 4 * 16 * 32
     assert x.grad is None  # measuring leaves no trace
 
 
 def test_savings_against_a_dense_twin():
     twin = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
-    saved = dc.measure.savings(Skipping(), torch.randn(64, 16), dense=twin, seconds=0, min_rounds=1)
+    saved = dc.measure.savings(Skipping(), torch.randn(64, 16), dense=twin, seconds=1e-9, min_rounds=1)
     assert saved.baseline == "dense"
     assert saved.flops["dense"] == 64 * 4 * 16 * 32
 
@@ -80,14 +80,31 @@ def test_no_saving_is_reported_on_wrong_numbers():
     wrong = lambda x: x * 1.001 if mode() == "sparse" else x  # noqa: E731
     with pytest.raises(ValueError, match="module: output 0 differs between sparse and masked execution: largest error"):
         dc.measure.savings(wrong, torch.randn(8))
-    assert dc.measure.savings(wrong, torch.randn(8), seconds=0, min_rounds=1, tolerance=0.01)
+    with pytest.raises(ValueError, match=r"dropout in training mode.*mixes rows.*BatchNorm.*positions=.*live="):
+        dc.measure.savings(wrong, torch.randn(8))
+    assert dc.measure.savings(wrong, torch.randn(8), seconds=1e-9, min_rounds=1, tolerance=0.01)
 
 
 def test_noise_is_the_same_in_each_mode_and_the_random_state_is_left_alone():
     before = torch.get_rng_state()
     with torch.random.fork_rng():
-        dc.measure.savings(lambda x: torch.nn.functional.dropout(x), torch.randn(8), seconds=0, min_rounds=1)
+        dc.measure.savings(lambda x: torch.nn.functional.dropout(x), torch.randn(8), seconds=1e-9, min_rounds=1)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0, float("nan")])
+def test_no_time_to_measure_in_is_refused(seconds):
+    with pytest.raises(ValueError, match=f"seconds: expected a number above 0, got {seconds}"):
+        dc.measure.savings(Skipping(), torch.randn(8, 16), seconds=seconds)
+
+
+def test_where_nothing_was_skipped_there_is_no_scaling_efficiency_to_show():
+    timings = {"sparse": Timing((20, 20)), "masked": Timing((30, 60))}
+    text = str(Savings({"sparse": 1000, "masked": 1001}, timings, "masked"))
+    assert "FLOPs 1.00x, wall clock 2.25x, SE - (nothing was skipped), RSR -" in text
+    assert "ms ±33%" in text
+    skipped = str(Savings({"sparse": 1000, "masked": 1010}, timings, "masked"))
+    assert "SE 2.23, RSR 56.11" in skipped
 
 
 def test_what_cannot_be_called_is_refused():
