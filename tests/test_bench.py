@@ -234,6 +234,33 @@ def test_a_busy_or_oversubscribed_machine_is_named_at_the_start_under_the_table_
     assert all(f"Warning: {warning}" in text for warning in results["warnings"])
 
 
+def keep_labels(records, dense_ms):
+    """What the plot of time against keep ratio says of curves whose dyncore takes 1, 2 and 3 ms."""
+    curve = []
+    for keep, ms in ((0.25, 1.0), (0.5, 2.0), (1.0, 3.0)):
+        record = json.loads(json.dumps(records[0])) | {"keep_ratio": keep}
+        record["variants"]["dyncore"]["median_ms"] = ms
+        record["variants"]["dense"]["median_ms"] = dense_ms
+        curve.append(record)
+    axes = plots.keep_plot(curve, "").axes[0]
+    dashed = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"]
+    return axes.get_legend_handles_labels()[1][-1], dashed
+
+
+def test_a_break_even_is_drawn_where_the_curves_cross_alone(records):
+    assert keep_labels(records, 2.5) == ("faster than dense up to keep 0.75", [pytest.approx(0.75)])
+    assert keep_labels(records, 4.0) == ("faster than dense at each point", [])
+    assert keep_labels(records, 0.5) == ("slower than dense at each point", [])
+
+
+def test_the_table_and_the_top_of_the_page_say_what_the_rivals_are(records):
+    (line,) = [line for line in str(table.render(records).caption).splitlines() if line.startswith("dense: ")]
+    assert all(f"{heading}: " in line for heading in ("dense", "naive", "grouped_mm", "equal FLOPs"))
+    results = {"records": records, "errors": [], "interrupted": False, "command": "dyncore bench", "created": "now"}
+    text = page.page(results | {"environment": dc.measure.environment()}, {})
+    assert text.index(line) < text.index("faster than dense") < text.index("<table>")
+
+
 def test_a_quiet_machine_has_no_warnings(monkeypatch):
     monkeypatch.setattr(run.os, "getloadavg", lambda: (run.os.cpu_count() / 2, 99.0, 99.0))
     monkeypatch.setattr(run, "usable_cores", torch.get_num_threads)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dyncore.bench.plots import PLOTS
-from dyncore.bench.table import COLUMNS, NOISY, RIVALS, SPREAD, cells, summary
+from dyncore.bench.table import COLUMNS, NOISY, RIVALS, RIVALS_LINE, SPREAD, cells, summary
 
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1f2328; --lines: #d0d7de; --band: #f6f8fa; --gain: #116329;
@@ -18,9 +18,10 @@ _STYLE = """
 body { background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; margin: 0 auto;
   max-width: 84rem; padding: 1rem }
 img { display: block; max-width: 100%; height: auto; margin: .5rem 0 }
-.wide { overflow-x: auto }
-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
-td, th { border-bottom: 1px solid var(--lines); padding: .25rem .4rem; text-align: right; vertical-align: bottom }
+.wide { overflow-x: auto } .hint { display: none }
+@media (max-width: 1150px) { .hint { display: block } }
+table { border-collapse: collapse; font-size: .75rem; font-variant-numeric: tabular-nums }
+td, th { border-bottom: 1px solid var(--lines); padding: .2rem .3rem; text-align: right; vertical-align: bottom }
 td { white-space: nowrap }
 td:nth-child(-n+5), th:nth-child(-n+5) { text-align: left }
 tbody tr:nth-child(even) { background: var(--band) }
@@ -38,7 +39,8 @@ def _table(records: list[dict[str, Any]]) -> str:
     head = "".join(f"<th>{escape(column)}</th>" for column in COLUMNS)
     rows = ("".join(cell(i, text) for i, text in enumerate(cells(record))) for record in records)
     body = "".join(f"<tr>{row}</tr>\n" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>'
+    hint = '<p class="hint">The table goes on to the right: scroll it sideways.</p>'
+    return f'{hint}<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>'
 
 
 def _picture(name: str, plots: dict[str, bytes]) -> str:
@@ -79,6 +81,7 @@ def page(results: dict[str, Any], plots: dict[str, bytes]) -> str:
         "<h1>dyncore bench</h1>",
         interrupted,
         *warnings,
+        f"<p>{escape(RIVALS_LINE, quote=False)}.</p>",
         "".join(f"<p>{escape(sentence)}</p>" for sentence in summary(results)),
         "<h2>Errors: wrong numbers, no times</h2>" + _list(errors) if errors else "",
         *(_picture(name, plots) for name in PLOTS if name in plots),

@@ -115,7 +115,9 @@ def _curve(axes: Axes, title: str, records: _Records, theme: str) -> None:
     dense = [r["variants"]["dense"]["median_ms"] for r in records]
     relative = [r["variants"]["dyncore"]["median_ms"] / d for r, d in zip(records, dense, strict=True)]
     at = break_even(keep, relative, 1.0)
-    if at is not None:
+    if max(relative) <= 1:  # no crossing, though break_even names the last point
+        axes.plot([], [], " ", label="faster than dense at each point")
+    elif at is not None:
         label = f"faster than dense up to keep {at:.2f}"
         axes.axvline(at, color=COLOURS["dyncore"], linestyle="--", linewidth=1, label=label)
     else:

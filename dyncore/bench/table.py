@@ -19,6 +19,11 @@ RIVALS = {  # record name -> (heading, what it is)
     "equal_flops": ("equal FLOPs", "a static dense MLP of equal active FLOPs, another function"),
 }
 
+RIVALS_LINE = (
+    "dense: the layer without skipping (MoE: every expert on every row); naive: index_select, linear, index_add (MoE: "
+    "a loop over experts); grouped_mm: torch's, on gathered rows; equal FLOPs: a static MLP of as many active FLOPs"
+)
+
 
 def shape_text(record: dict[str, Any]) -> str:
     return " ".join(f"{letter}={size}" for letter, size in record["shape"].items())
@@ -95,7 +100,7 @@ COLUMNS = [
 def render(records: list[dict[str, Any]]) -> Table:
     """A table of all records: FLOPs x, time x and SE are against dense; "vs" are wall-clock speed-ups."""
     caption = "FLOPs x, time x: speed-ups against dense; SE = time x / FLOPs x; vs: wall-clock speed-up against a rival"
-    caption += f"\n{SPREAD}"
+    caption += f"\n{RIVALS_LINE}\n{SPREAD}"
     table = Table(caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for i, column in enumerate(COLUMNS):
         # headings are broken at spaces; a narrow terminal breaks shapes too, never a number
