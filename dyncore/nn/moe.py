@@ -19,6 +19,7 @@ from dyncore.ops import grouped_mlp
 from dyncore.plan import Plan, route, route_mask
 
 ROUTING = ("token_choice", "expert_choice")
+OPTIONS = ("routing", "normalize", "shared_experts")  # of from_experts; all else follows from the experts
 
 
 class MoE(DynamicLayer):
@@ -149,28 +150,43 @@ class MoE(DynamicLayer):
 
         Args:
             experts: modules that `dyncore.nn.experts.read_expert` knows: w1/w2/w3, gate_proj/up_proj/down_proj,
-                fc1/fc2, w_in/w_out or Sequential(Linear, activation, Linear).
+                fc1/fc2, w_in/w_out or Sequential(Linear, activation, Linear), with nothing else in them and dropout 0.
+                Each is run on random rows against what was read. A stack none of whose parts requires grad stays so.
             router: the module that gives the logits (kept, not copied), or None for a fresh one.
             activation: where the modules do not show theirs.
             options: routing, normalize, shared_experts.
+
+        Raises TypeError on other options; ValueError on experts of unknown build, of several builds, dtypes or devices,
+        or that compute something else than the MLP of their weights.
         """
+        for name, value in options.items():
+            if name not in OPTIONS:
+                raise TypeError(f"{name}: expected one of the options {', '.join(OPTIONS)}, got {name}={value!r}")
         if not experts:
             raise ValueError("experts: expected at least one module, got none")
-        read = [read_expert(module, activation) for module in experts]
+        read = [read_expert(module, activation, name=f"experts[{i}]") for i, module in enumerate(experts)]
         first = read[0]
+        for what in ("dtype", "device"):
+            for i, other in enumerate(read):
+                got, want = getattr(other.w_in, what), getattr(first.w_in, what)
+                if got != want:
+                    raise ValueError(
+                        f"experts: expected one {what}, got expert {i} with {got} and expert 0 with {want}"
+                    )
         for i, other in enumerate(read):
             for name, a, b in zip(first._fields, first, other, strict=True):
                 if (a.shape if isinstance(a, Tensor) else a) != (b.shape if isinstance(b, Tensor) else b):
                     raise ValueError(f"experts: expected one build, got expert {i} with another {name} than 0")
         dim, hidden_dim = first.w_out.shape
-        options = {"activation": first.activation, **options}
-        layer = cls(dim, hidden_dim, len(read), top_k, **options).to(first.w_in.device, first.w_in.dtype)
+        layer = cls(dim, hidden_dim, len(read), top_k, activation=first.activation, **options)
+        layer.to(first.w_in.device, first.w_in.dtype)
         if router is not None:  # kept as it is: it may be wider than the experts
             layer.router = router
         for name in ("w_in", "w_out", "b_in", "b_out"):
             parts = [getattr(weights, name) for weights in read]
-            stacked = None if parts[0] is None else nn.Parameter(torch.stack([p.detach() for p in parts]))
-            setattr(layer, name, stacked)
+            trained = any(p is not None and p.requires_grad for p in parts)
+            stacked = None if parts[0] is None else torch.stack([p.detach() for p in parts])
+            setattr(layer, name, None if stacked is None else nn.Parameter(stacked, requires_grad=trained))
         return layer
 
     def to_experts(self) -> list[MLP]:

@@ -214,6 +214,169 @@ def test_from_experts_copies():
     assert not layer.w_in.any()
 
 
+class Fc(nn.Module):
+    """fc1, act, fc2, and a forward of one's own."""
+
+    def __init__(self, forward, act=None, **others):
+        super().__init__()
+        self.fc1, self.fc2, self.act = nn.Linear(D, I), nn.Linear(I, D), act or nn.GELU()
+        for name, module in others.items():
+            setattr(self, name, module)
+        self.compute = forward
+
+    def forward(self, x):
+        return self.compute(self, x)
+
+
+def plain(m, x):
+    return m.fc2(m.act(m.fc1(x)))
+
+
+class GeluMixtral(Mixtral):
+    def forward(self, x):
+        return self.w2(F.gelu(self.w1(x)) * self.w3(x))
+
+
+class Pair(Opt):
+    def forward(self, x):
+        return super().forward(x), None
+
+
+class ThreeDims(Opt):
+    def forward(self, x):
+        return super().forward(x.transpose(1, 2))
+
+
+def sequential(*between_and_after):
+    return nn.Sequential(nn.Linear(D, I), *between_and_after)
+
+
+def last():
+    return nn.Linear(I, D)
+
+
+@pytest.mark.parametrize(
+    ("make", "activation", "message"),
+    [
+        (
+            lambda: sequential(nn.GELU(), nn.LayerNorm(I), last()),
+            None,
+            r"got Sequential\(Linear, GELU, LayerNorm, Linear",
+        ),
+        (
+            lambda: sequential(nn.GELU(), last(), nn.LayerNorm(D)),
+            None,
+            r"got Sequential\(Linear, GELU, Linear, LayerNo",
+        ),
+        (lambda: sequential(nn.GELU(), last(), nn.ReLU()), None, r"got Sequential\(Linear, GELU, Linear, ReLU\)"),
+        (lambda: sequential(last(), nn.ReLU()), None, r"got Sequential\(Linear, Linear, ReLU\)"),
+        (lambda: sequential(last()), "relu", r"got Sequential\(Linear, Linear\)"),
+        (lambda: sequential(nn.GELU(), nn.Dropout(0.1), last()), None, r"dropout with p=0, .* got Dropout\(0.1\)"),
+        (
+            lambda: Fc(lambda m, x: x + plain(m, m.norm(x)), norm=nn.LayerNorm(D)),
+            None,
+            "got norm.weight, norm.bias in Fc",
+        ),
+        (lambda: Fc(lambda m, x: m.out(plain(m, x)), out=nn.ReLU()), None, "one activation .* got GELU and ReLU"),
+        (lambda: Fc(plain, activation="relu"), None, "one activation, got gelu and relu"),
+        (lambda: Fc(lambda m, x: x + plain(m, x)), None, "computes the gelu MLP .* got Fc whose outputs are"),
+        (lambda: Fc(lambda m, x: plain(m, x).relu()), None, "computes the gelu MLP .* got Fc whose outputs are"),
+        (GeluMixtral, None, "computes the swiglu MLP of its Linear layers, got GeluMixtral whose outputs are"),
+        (lambda: GeluMixtral().bfloat16(), None, "computes the swiglu MLP of its Linear layers, got GeluMixtral"),
+        (Opt, "gelu", "computes the gelu MLP of its Linear layers, got Opt whose outputs are"),
+        (lambda: sequential(nn.GELU("tanh"), last()), "gelu", "computes the gelu MLP .* got Sequential whose"),
+        (Pair, "relu", r"returns rows \[8, 16\], got tuple"),
+        (ThreeDims, "relu", r"maps rows \[8, 16\], got IndexError: Dimension out of range"),
+        (Opt, "swiglu", r"weights \[48, H\] and \[H, 24\] for swiglu, got \[24, 16\] and \[16, 24\]"),
+        (
+            lambda: Fc(plain, fc1=nn.Linear(D, I).double()),
+            None,
+            "parameters of one dtype, got torch.float32 and torch.float64",
+        ),
+    ],
+)
+def test_an_expert_that_computes_more_than_is_read_is_refused(make, activation, message):
+    good = sequential(nn.GELU(), last()) if activation is None else None
+    with pytest.raises(ValueError, match=r"experts\[0\]: expected .*" + message):
+        dc.nn.MoE.from_experts([make(), *([good] if good else [])], top_k=1, activation=activation)
+
+
+def test_the_expert_at_fault_is_named():
+    with pytest.raises(ValueError, match=r"experts\[2\]: expected .* got GeluMixtral"):
+        dc.nn.MoE.from_experts([Mixtral(), Mixtral(), GeluMixtral()])
+
+
+def test_experts_are_read_in_evaluation_and_left_as_they_were():
+    class Noisy(Mixtral):
+        def forward(self, x):
+            return super().forward(x) + (torch.randn_like(x) if self.training else 0)
+
+    experts = [Noisy(), Noisy().eval()]
+    experts[0].w1.eval()
+    before = torch.get_rng_state()
+    read = [dc.nn.experts.read_expert(e) for e in experts]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [e.training for e in experts] == [True, False]
+    assert not experts[0].w1.training
+    assert experts[0].w2.training
+    assert torch.equal(read[0].w_in, torch.cat([experts[0].w1.weight, experts[0].w3.weight]))
+    with pytest.raises(ValueError, match="expected a module that maps rows"):
+        dc.nn.experts.read_expert(ThreeDims().train(), "relu")
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 1e2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_experts_of_any_dtype_and_size_are_told_apart(dtype, scale):
+    for make, good in ((Mixtral, True), (GeluMixtral, False)):
+        expert = make()
+        with torch.no_grad():
+            expert.w1.weight.mul_(scale)
+            expert.w2.weight.mul_(0.1)
+        expert.to(dtype)
+        if good:
+            assert torch.equal(dc.nn.experts.read_expert(expert).w_out, expert.w2.weight)
+        else:
+            with pytest.raises(ValueError, match="computes the swiglu MLP"):
+                dc.nn.experts.read_expert(expert)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_frozen_experts_stay_frozen(grad):
+    experts = [Llama() for _ in range(3)]
+    for e in experts:
+        e.down_proj.requires_grad_(False)
+    experts[0].up_proj.requires_grad_(False)
+    with torch.set_grad_enabled(grad):
+        layer = dc.nn.MoE.from_experts(experts)
+    assert not layer.w_out.requires_grad
+    assert layer.w_in.requires_grad
+    for e in experts:
+        e.requires_grad_(False)
+    layer = dc.nn.MoE.from_experts(experts, shared_experts=1)
+    assert not layer.w_in.requires_grad
+    assert not layer.b_in.requires_grad
+    assert layer.router.weight.requires_grad
+    run(layer, torch.randn(4, D))
+    assert layer.w_in.grad is None
+
+
+def test_experts_of_several_dtypes_are_refused():
+    with pytest.raises(
+        ValueError, match=r"experts: expected one dtype, got expert 1 with torch\.bfloat16 and expert 0 with"
+    ):
+        dc.nn.MoE.from_experts([Mixtral(), Mixtral().bfloat16()])
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_experts", 2), ("bias", True), ("dim", 16), ("experts_", 1)])
+def test_options_that_the_experts_settle_are_refused(name, value):
+    with pytest.raises(
+        TypeError, match=f"{name}: expected one of the options routing, normalize, .* got {name}={value}"
+    ):
+        dc.nn.MoE.from_experts([Mixtral(), Mixtral()], **{name: value})
+    with pytest.raises(TypeError, match=r"experts\[1\]: expected a module, got int"):
+        dc.nn.MoE.from_experts([Mixtral(), 3])
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -233,7 +396,11 @@ def test_from_experts_copies():
             r"router: expected logits \[T, 5\], got \[4, 3\]",
         ),
         (lambda: dc.nn.MoE.from_experts([]), ValueError, "experts: expected at least one module, got none"),
-        (lambda: dc.nn.MoE.from_experts([nn.Linear(D, D)]), ValueError, "experts: expected modules with .* got Linear"),
+        (
+            lambda: dc.nn.MoE.from_experts([nn.Linear(D, D)]),
+            ValueError,
+            r"experts\[0\]: expected a module with .* got Linear",
+        ),
         (lambda: dc.nn.MoE.from_experts([Opt()], top_k=1), ValueError, "activation: expected its name, for Opt"),
         (
             lambda: dc.nn.MoE.from_experts([Mixtral(), Mixtral(bias=True)]),
@@ -243,7 +410,7 @@ def test_from_experts_copies():
         (
             lambda: dc.nn.MoE.from_experts([nn.Sequential(nn.Linear(D, I), nn.Tanh(), nn.Linear(I, D))], top_k=1),
             ValueError,
-            "experts: expected one of the activations .* got 'tanh'",
+            r"experts\[0\]: expected one of the activations .* got 'tanh'",
         ),
     ],
 )
