@@ -43,11 +43,23 @@ Gating = Callable[[Tensor], Any]  # a gate: x -> Decision, (mask, scale) or mask
 def decide(gate: Gating, x: Tensor) -> Decision:
     """The gate's decision on `x`, checked: TypeError or ValueError on a mask or scale that does not fit x."""
     result = gate(x)
-    decision = Decision(result) if isinstance(result, Tensor) else Decision(*result)
+    if isinstance(result, Tensor):
+        decision = Decision(result)
+    elif isinstance(result, Decision):
+        decision = result
+    elif isinstance(result, tuple) and len(result) == 2:
+        decision = Decision(*result)
+    else:
+        got = f"a tuple of length {len(result)}" if isinstance(result, tuple) else type(result).__name__
+        raise TypeError(f"gate: expected a bool mask, (mask, scale) or a Decision, got {got}")
     mask, scale = decision.mask, decision.scale
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"gate: expected a bool mask, got {got}")
+    if scale is not None and not isinstance(scale, Tensor):
+        raise TypeError(
+            f"gate: expected a bool mask, (mask, scale) or a Decision, got a scale of type {type(scale).__name__}"
+        )
     if not 1 <= mask.dim() <= x.dim() or x.shape[: mask.dim()] != mask.shape:
         raise ValueError(
             f"gate: expected a mask whose shape begins the shape of x, {list(x.shape)}, got {list(mask.shape)}"
@@ -88,9 +100,9 @@ def everything(plan: Plan) -> bool:
     return mode() == "auto" and plan.exact and plan.num_slots == plan.num_rows
 
 
-def linked(y: Tensor, module: nn.Module) -> Tensor:
+def linked(y: Tensor, module: Callable[..., Any]) -> Tensor:
     """`y`, which the module did not have to compute, tied to the module's parameters by zero gradients."""
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or not isinstance(module, nn.Module):
         return y
     for p in module.parameters():
         if p.requires_grad:
@@ -111,6 +123,11 @@ def expect_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
     return str(value)
+
+
+def expect_callable(name: str, value: object) -> None:
+    if not callable(value):
+        raise TypeError(f"{name}: expected a callable, got {type(value).__name__}")
 
 
 def changed(x: Tensor, y: Tensor, scale: Tensor | None, used: Tensor | None, returns: str) -> Tensor:

@@ -14,6 +14,7 @@ from dyncore.nn.base import (
     decide,
     everything,
     executed,
+    expect_callable,
     expect_choice,
     expect_like,
     linked,
@@ -42,11 +43,14 @@ class Skip(DynamicLayer):
     torch.compile and on accelerators a mask has the static bound of all rows (use a TopKGate to have a static count):
     values are the same, and rows past the live ones are zeros to F.
 
-    Raises ValueError where F changes the shape, TypeError or ValueError where the mask does not fit x.
+    Raises TypeError where F or the gate is not callable, ValueError where F changes the shape, TypeError or ValueError
+    where the mask does not fit x (it must leave at least one trailing dimension of x, the row's own).
     """
 
     def __init__(self, module: nn.Module, gate: Gating, *, returns: str = "output") -> None:
         super().__init__()
+        expect_callable("module", module)
+        expect_callable("gate", gate)
         self.module = module
         self.gate = gate
         self.returns = expect_choice("returns", returns, RETURNS)
@@ -54,6 +58,11 @@ class Skip(DynamicLayer):
     def forward(self, x: Tensor) -> Tensor:
         decision = decide(self.gate, x)
         mask, scale, _ = decision
+        if mask.dim() == x.dim():
+            raise ValueError(
+                f"gate: expected a mask that leaves at least one trailing dimension of x {list(x.shape)}, "
+                f"got {list(mask.shape)}"
+            )
         plan = plan_of(decision)
         self._record(plan, executed(mask, scale))
         row_shape = x.shape[mask.dim() :]

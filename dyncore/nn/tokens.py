@@ -21,6 +21,7 @@ from dyncore.nn.base import (
     changed,
     decide,
     executed,
+    expect_callable,
     expect_choice,
     expect_like,
     first_live,
@@ -40,7 +41,7 @@ ROUTER_WEIGHTS = {"linear": lambda r: r, "sigmoid": torch.sigmoid, "tanh": torch
 
 def _accepted(block: nn.Module) -> tuple[str, ...]:
     """Which names of the token protocol the block's forward takes."""
-    parameters = inspect.signature(block.forward).parameters
+    parameters = inspect.signature(block.forward if isinstance(block, nn.Module) else block).parameters
     any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     return tuple(name for name in ("positions", "live", "context") if any_name or name in parameters)
 
@@ -63,6 +64,7 @@ class _TokenLayer(DynamicLayer):
 
     def __init__(self, block: nn.Module, returns: str) -> None:
         super().__init__()
+        expect_callable("block", block)
         self.block = block
         self.returns = expect_choice("returns", returns, RETURNS)
         self._names = _accepted(block)
@@ -140,12 +142,16 @@ class TokenSkip(_TokenLayer):
 
     def __init__(self, block: nn.Module, gate: Gating, attention: str = "selected", *, returns: str = "output") -> None:
         super().__init__(block, returns)
+        expect_callable("gate", gate)
         self.gate = gate
         self.attention = expect_choice("attention", attention, ATTENTION)
         self._all_keys = attention == "all_keys"
         for name in ("positions", "live", *(["context"] if self._all_keys else [])):
             if name not in self._names:
-                raise ValueError(f"block: expected a block whose forward takes {name}=, got {type(block).__name__}")
+                raise ValueError(
+                    f"block: expected a block whose forward takes {name}=, got {type(block).__name__}; see "
+                    "dyncore.nn.attention for the token protocol; a block that treats tokens one by one goes into Skip"
+                )
 
     def forward(self, x: Tensor) -> Tensor:
         _expect_sequences(x)

@@ -178,6 +178,22 @@ def test_a_shape_changed_by_the_module_is_refused():
         (lambda x: (x > 0).any(), ValueError, r"gate: expected a mask whose shape begins .* got \[\]"),
         (lambda x: (x[..., 0] > 0, x[:, 0, 0]), ValueError, r"gate: expected a scale of the mask's shape \[4, 5\]"),
         (lambda x: (x[..., 0] > 0, x[..., 0] > 0), TypeError, "scale: expected a floating dtype, got torch.bool"),
+        (lambda x: None, TypeError, r"gate: expected a bool mask, \(mask, scale\) or a Decision, got NoneType"),
+        (lambda x: [x[..., 0] > 0, None], TypeError, r"gate: expected a bool mask, .* or a Decision, got list"),
+        (lambda x: (), TypeError, r"gate: expected a bool mask, .* or a Decision, got a tuple of length 0"),
+        (
+            lambda x: (x[..., 0] > 0,),
+            TypeError,
+            r"gate: expected a bool mask, .* or a Decision, got a tuple of length 1",
+        ),
+        (lambda x: (x[..., 0] > 0, None, None), TypeError, r"gate: .* or a Decision, got a tuple of length 3"),
+        (lambda x: (x[..., 0] > 0, 0.5), TypeError, r"gate: .* or a Decision, got a scale of type float"),
+        (lambda x: dc.nn.Decision(x[..., 0] > 0, 0.5), TypeError, r"gate: .* or a Decision, got a scale of type float"),
+        (
+            lambda x: x > 0,
+            ValueError,
+            r"gate: expected a mask that leaves .* trailing dimension of x \[4, 5, 16\], got \[",
+        ),
     ],
 )
 def test_a_gate_that_does_not_fit_is_refused(gate, error, message):
@@ -188,6 +204,24 @@ def test_a_gate_that_does_not_fit_is_refused(gate, error, message):
 def test_returns_must_be_known():
     with pytest.raises(ValueError, match="returns: expected one of output, update, got 'sum'"):
         dc.nn.Skip(nn.Identity(), lambda x: x, returns="sum")
+
+
+@pytest.mark.parametrize("layer", [dc.nn.Skip, dc.nn.TokenSkip])
+def test_what_is_not_callable_is_refused(layer):
+    name = "module" if layer is dc.nn.Skip else "block"
+    with pytest.raises(TypeError, match="gate: expected a callable, got Tensor"):
+        layer(dc.nn.TransformerBlock(D, 4), torch.ones(4, dtype=torch.bool))
+    with pytest.raises(TypeError, match=f"{name}: expected a callable, got NoneType"):
+        layer(None, lambda x: x[..., 0] > 0)
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_a_plain_function_is_a_module_and_a_block(live):
+    x, mask = torch.randn(2, 4, D), torch.zeros(2, 4, dtype=torch.bool)
+    mask[:, 1] = live
+    want = torch.where(mask[..., None], 2 * x, x)
+    assert torch.equal(dc.nn.Skip(lambda rows: 2 * rows, Fixed(mask))(x), want)
+    assert torch.equal(dc.nn.TokenSkip(lambda rows, positions, live: 2 * rows, Fixed(mask))(x), want)
 
 
 def test_a_plain_function_is_a_gate():

@@ -272,8 +272,12 @@ def test_a_block_of_plain_torch_serves_mixture_of_depths():
 
 
 def test_blocks_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="block: expected a block whose forward takes positions=, got Linear"):
+    with pytest.raises(
+        ValueError, match="block: expected a block whose forward takes positions=, got Linear"
+    ) as refused:
         dc.nn.TokenSkip(nn.Linear(D, D), dc.nn.ThresholdGate(D))
+    assert "see dyncore.nn.attention for the token protocol" in str(refused.value)
+    assert "a block that treats tokens one by one goes into Skip" in str(refused.value)
     with pytest.raises(ValueError, match=r"block: expected .* positions= and live= for inference='threshold', got MLP"):
         dc.nn.MixtureOfDepths(dc.nn.MLP(D, D), 0.5, inference="threshold")
     with pytest.raises(ValueError, match=r"block: expected an output of the shape of its input, \[2, 4, 16\]"):
