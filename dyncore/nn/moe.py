@@ -61,7 +61,11 @@ class MoE(DynamicLayer):
         router: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("dim", dim), ("hidden_dim", hidden_dim), ("num_experts", num_experts)):
+        sizes = {"dim": dim, "hidden_dim": hidden_dim, "num_experts": num_experts}
+        for name, value in (*sizes.items(), ("top_k", top_k), ("shared_experts", shared_experts)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}: expected an int, got {value!r} ({type(value).__name__})")
+        for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
         if not 1 <= top_k <= num_experts:
@@ -94,6 +98,8 @@ class MoE(DynamicLayer):
                 nn.init.uniform_(tensor, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
     def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
         if x.dim() < 2 or x.shape[-1] != self.dim:
             raise ValueError(f"x: expected shape [..., {self.dim}], got {list(x.shape)}")
         rows = x.reshape(math.prod(x.shape[:-1]), self.dim)

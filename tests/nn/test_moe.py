@@ -381,6 +381,13 @@ def test_options_that_the_experts_settle_are_refused(name, value):
     ("make", "error", "message"),
     [
         (lambda: dc.nn.MoE(D, 0, E), ValueError, "hidden_dim: expected a positive number, got 0"),
+        (lambda: dc.nn.MoE(16.0, I, E), TypeError, r"dim: expected an int, got 16\.0 \(float\)"),
+        (lambda: dc.nn.MoE(D, "24", E), TypeError, r"hidden_dim: expected an int, got '24' \(str\)"),
+        (lambda: dc.nn.MoE(D, I, None), TypeError, r"num_experts: expected an int, got None \(NoneType\)"),
+        (lambda: dc.nn.MoE(D, I, E, 2.0), TypeError, r"top_k: expected an int, got 2\.0 \(float\)"),
+        (lambda: dc.nn.MoE(D, I, E, True), TypeError, r"top_k: expected an int, got True \(bool\)"),
+        (lambda: dc.nn.MoE(D, I, E, shared_experts=0.5), TypeError, r"shared_experts: expected an int, got 0\.5"),
+        (lambda: dc.nn.MoE(D, I, E)([1.0]), TypeError, "x: expected a Tensor, got list"),
         (lambda: dc.nn.MoE(D, I, E, 6), ValueError, r"top_k: expected 1..5 \(num_experts\), got 6"),
         (lambda: dc.nn.MoE(D, I, E, activation="tanh"), ValueError, "activation: expected one of relu, .* got 'tanh'"),
         (
