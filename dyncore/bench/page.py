@@ -21,7 +21,7 @@ img { display: block; max-width: 100%; height: auto; margin: .5rem 0 }
 .wide { overflow-x: auto } .hint { display: none }
 @media (max-width: 1150px) { .hint { display: block } }
 table { border-collapse: collapse; font-size: .75rem; font-variant-numeric: tabular-nums }
-td, th { border-bottom: 1px solid var(--lines); padding: .2rem .3rem; text-align: right; vertical-align: bottom }
+td, th { border-bottom: 1px solid var(--lines); padding: .2rem .25rem; text-align: right; vertical-align: bottom }
 td { white-space: nowrap }
 td:nth-child(-n+5), th:nth-child(-n+5) { text-align: left }
 tbody tr:nth-child(even) { background: var(--band) }

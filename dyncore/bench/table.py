@@ -20,8 +20,8 @@ RIVALS = {  # record name -> (heading, what it is)
 }
 
 RIVALS_LINE = (
-    "dense: the layer without skipping (MoE: every expert on every row); naive: index_select, linear, index_add (MoE: "
-    "a loop over experts); grouped_mm: torch's, on gathered rows; equal FLOPs: a static MLP of as many active FLOPs"
+    "dense: nothing skipped (MoE: every expert); naive: index_select, linear, index_add; grouped_mm: torch's own; "
+    "equal FLOPs: a static MLP of equal FLOPs"
 )
 
 
