@@ -127,7 +127,7 @@ def _expect_same_results(module: nn.Module, weights: ExpertWeights, name: str) -
     if w_in.is_meta:  # no numbers to compare
         return
     wide = torch.promote_types(w_in.dtype, torch.float32)
-    x = torch.randn(8, w_in.shape[1], generator=torch.Generator().manual_seed(0)).to(w_in)
+    x = torch.randn(8, w_in.shape[1], generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(w_in)
     spread = float(F.linear(x, w_in[: w_out.shape[1]]).to(wide).std())
     if 0 < spread < float("inf"):  # pre-activations of about 2, where the activations differ most; float16 must hold x
         x = x * min(2 / spread, 1024.0)

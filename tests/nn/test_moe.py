@@ -301,6 +301,16 @@ def test_an_expert_that_computes_more_than_is_read_is_refused(make, activation, 
         dc.nn.MoE.from_experts([make(), *([good] if good else [])], top_k=1, activation=activation)
 
 
+def test_experts_are_read_under_another_default_device():
+    expert = Mixtral()
+    with torch.device("meta"):
+        assert torch.equal(dc.nn.experts.read_expert(expert).w_out, expert.w2.weight)
+        with pytest.raises(ValueError, match=r"no parameters but .* got w4\.weight, w4\.bias in Mixtral"):
+            other = Mixtral()
+            other.w4 = nn.Linear(D, D)
+            dc.nn.experts.read_expert(other)
+
+
 def test_the_expert_at_fault_is_named():
     with pytest.raises(ValueError, match=r"experts\[2\]: expected .* got GeluMixtral"):
         dc.nn.MoE.from_experts([Mixtral(), Mixtral(), GeluMixtral()])
