@@ -305,10 +305,6 @@ def test_experts_are_read_under_another_default_device():
     expert = Mixtral()
     with torch.device("meta"):
         assert torch.equal(dc.nn.experts.read_expert(expert).w_out, expert.w2.weight)
-        with pytest.raises(ValueError, match=r"no parameters but .* got w4\.weight, w4\.bias in Mixtral"):
-            other = Mixtral()
-            other.w4 = nn.Linear(D, D)
-            dc.nn.experts.read_expert(other)
 
 
 def test_the_expert_at_fault_is_named():
