@@ -17,6 +17,8 @@ from dyncore.backends import cpu
 assert sys.argv[1] in dc.__file__, dc.__file__
 assert cpu.available, cpu.reason
 assert importlib.util.find_spec("dyncore.kernels.grouped_linear") is not None
+from dyncore.bench.routing import recorded
+assert recorded().layers  # data files are there
 x = torch.randn(8, 4)
 print(dc.gather_rows(x, dc.select(torch.arange(8) < 3)).shape[0])
 """
