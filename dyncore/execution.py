@@ -14,7 +14,7 @@ MODES = ("sparse", "masked", "auto")
 
 # Density of slots from which "auto" computes everything, by device. On a CPU never: with every row selected the fused
 # kernels run at 0.97 to 1.14 times the speed of a plain dense layer (benchmarks/results/quick, keep ratio 1), which
-# masked execution, with its selections on top, does not reach. Elsewhere, where most ops have no kernel yet, at 1: there
+# masked execution, with its selections on top, does not reach. Elsewhere most ops have no kernel yet: at 1, where there
 # is nothing to skip.
 _BREAK_EVEN = {"cpu": math.inf}
 _BREAK_EVEN_ELSEWHERE = 1.0
