@@ -1,4 +1,4 @@
-"""gather_rows and scatter_rows: data movement with gradients, exact where nothing is summed."""
+"""scatter_rows: slots back to rows, alone and after gather_rows."""
 
 import pytest
 import torch
@@ -7,21 +7,6 @@ import dyncore as dc
 from tests.support import PLAN_KINDS, assert_gradients, assert_values, combine, live, make_plan
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-@pytest.mark.parametrize("kind", PLAN_KINDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gather_copies_rows_and_sums_their_gradients(dtype, kind):
-    plan = make_plan(kind, 37, 3, None)
-    rows, _ = live(plan)
-    x = torch.randn(37, 19).to(dtype).requires_grad_()
-    out = dc.gather_rows(x, plan)
-    assert torch.equal(out[: len(rows)], x[rows])
-    assert out.shape == (plan.num_slots, 19)
-    assert not out[len(rows) :].any()
-    grad = torch.randn(out.shape).to(dtype)
-    want = torch.zeros(37, 19, dtype=torch.double).index_add(0, rows, grad[: len(rows)].double())
-    assert_gradients(torch.autograd.grad(out, x, grad)[0], want, dtype)
 
 
 @pytest.mark.parametrize("with_base", [False, True], ids=["no-base", "base"])
@@ -110,7 +95,6 @@ def test_opcheck():
     plan = make_plan("duplicates", 9, 2, torch.float32)
     tensors = (plan.rows, plan.offsets, plan.scale.detach(), plan.row_offsets, plan.row_slots)
     x, y = torch.randn(9, 5), torch.randn(plan.num_slots, 5)
-    torch.library.opcheck(torch.ops.dyncore.gather_rows.default, (x, plan.rows, plan.offsets))
     torch.library.opcheck(torch.ops.dyncore.scatter_rows.default, (y, x, *tensors))
     torch.library.opcheck(torch.ops.dyncore.scatter_rows.default, (y, None, *tensors))
     for needs in ([True, True], [True, False], [False, True]):
@@ -131,11 +115,6 @@ def test_compiles_as_one_graph():
 
 
 BAD_CALLS = [
-    (lambda p: dc.gather_rows(torch.zeros(36, 3), p), ValueError, "x: expected 37 rows"),
-    (lambda p: dc.gather_rows(torch.zeros(37), p), ValueError, "x: expected at least 2 dimensions"),
-    (lambda p: dc.gather_rows([1.0], p), TypeError, "x: expected a Tensor, got list"),
-    (lambda p: dc.gather_rows(torch.zeros(37, 3), p.rows), TypeError, "plan: expected a dyncore.Plan, got Tensor"),
-    (lambda p: dc.gather_rows(torch.zeros(37, 3, device="meta"), p), ValueError, "plan: expected a plan on the device"),
     (lambda p: dc.scatter_rows(torch.zeros(37, 3), p), ValueError, "y: expected 74 slots"),
     (lambda p: dc.scatter_rows(torch.zeros(74), p), ValueError, "y: expected shape [A, D], got [74]"),
     (lambda p: dc.scatter_rows(torch.zeros(74, 3), p, torch.zeros(37, 4)), ValueError, "base: expected shape [T=37, D=3]"),
