@@ -42,8 +42,8 @@ Features detect() {
 #if defined(__x86_64__)
   unsigned a, b, c, d;
   if (!__get_cpuid(1, &a, &b, &c, &d)) return found;
-  const bool fma = c >> 12 & 1, osxsave = c >> 27 & 1;
-  if (!fma || !osxsave || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return found;
+  const bool fma = c >> 12 & 1, osxsave = c >> 27 & 1, f16c = c >> 29 & 1;
+  if (!fma || !f16c || !osxsave || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return found;
   uint32_t low, high;
   __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));  // the register states that the operating system saves
   const bool saves_ymm = (low & 0x06) == 0x06, saves_zmm = (low & 0xe6) == 0xe6;

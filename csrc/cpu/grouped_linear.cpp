@@ -99,7 +99,7 @@ void run(const GroupedLinear& op) {
 }  // namespace
 
 void grouped_linear(const GroupedLinear& op) {
-  op.dtype == Dtype::float32 ? run<float>(op) : run<bf16>(op);
+  with_type(op.dtype, [&](auto type) { run<typename decltype(type)::T>(op); });
 }
 
 }  // namespace dyncore::DYNCORE_ISA

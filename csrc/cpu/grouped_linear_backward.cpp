@@ -163,7 +163,7 @@ void run(const GroupedLinearBackward& op) {
 }  // namespace
 
 void grouped_linear_backward(const GroupedLinearBackward& op) {
-  op.dtype == Dtype::float32 ? run<float>(op) : run<bf16>(op);
+  with_type(op.dtype, [&](auto type) { run<typename decltype(type)::T>(op); });
 }
 
 }  // namespace dyncore::DYNCORE_ISA

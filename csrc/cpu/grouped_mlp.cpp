@@ -111,7 +111,7 @@ void run(const GroupedMlp& op) {
 }  // namespace
 
 void grouped_mlp(const GroupedMlp& op) {
-  op.dtype == Dtype::float32 ? run<float>(op) : run<bf16>(op);
+  with_type(op.dtype, [&](auto type) { run<typename decltype(type)::T>(op); });
 }
 
 }  // namespace dyncore::DYNCORE_ISA

@@ -221,7 +221,7 @@ void run(const GroupedMlpBackward& op) {
 }  // namespace
 
 void grouped_mlp_backward(const GroupedMlpBackward& op) {
-  op.dtype == Dtype::float32 ? run<float>(op) : run<bf16>(op);
+  with_type(op.dtype, [&](auto type) { run<typename decltype(type)::T>(op); });
 }
 
 }  // namespace dyncore::DYNCORE_ISA

@@ -6,7 +6,7 @@
 
 namespace dyncore {
 
-enum class Dtype : int { float32 = 0, bfloat16 = 1 };
+enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 
 enum class Activation : int { none, relu, relu2, gelu, gelu_tanh, silu, swiglu, geglu, reglu };
 

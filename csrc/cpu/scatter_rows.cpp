@@ -59,14 +59,15 @@ void backward(void* context, const Team& team) {
 void scatter_rows(const ScatterRows& op) {
   const double bytes = 4.0 * (op.plan.num_rows + op.plan.capacity) * op.width;
   ScatterRows context = op;
-  parallel(useful_threads(op.threads, 0, bytes), op.dtype == Dtype::float32 ? forward<float> : forward<bf16>, &context);
+  const int threads = useful_threads(op.threads, 0, bytes);
+  with_type(op.dtype, [&](auto type) { parallel(threads, forward<typename decltype(type)::T>, &context); });
 }
 
 void scatter_rows_backward(const ScatterRowsBackward& op) {
   const double bytes = 8.0 * op.plan.capacity * op.width;
   ScatterRowsBackward context = op;
-  parallel(useful_threads(op.threads, 0, bytes), op.dtype == Dtype::float32 ? backward<float> : backward<bf16>,
-           &context);
+  const int threads = useful_threads(op.threads, 0, bytes);
+  with_type(op.dtype, [&](auto type) { parallel(threads, backward<typename decltype(type)::T>, &context); });
 }
 
 }  // namespace dyncore::DYNCORE_ISA

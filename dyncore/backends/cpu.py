@@ -1,4 +1,5 @@
-"""The cpu backend: the ops in C++ (csrc/cpu, bound as dyncore._C) for float32 and bfloat16, else the reference.
+"""The cpu backend: the ops in C++ (csrc/cpu, bound as dyncore._C) for float32, bfloat16 and float16, else the
+reference.
 
 Decides by dtype, makes strides fit the kernels (contiguous last dimensions; weights in either layout), allocates
 outputs and passes addresses. Shapes: T rows, A slots, G groups, H model width, I hidden width.
@@ -19,7 +20,7 @@ from torch import Tensor
 from dyncore.activations import GATED
 from dyncore.backends import reference
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the values of enum Dtype in csrc/cpu/kernels.h
 # The order of enum Activation in csrc/cpu/kernels.h.
 _ACTIVATIONS = {
     name: i for i, name in enumerate(("none", "relu", "relu2", "gelu", "gelu_tanh", "silu", "swiglu", "geglu", "reglu"))
@@ -67,7 +68,7 @@ def threads() -> int:
 
 
 def _serves(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the kernels take tensors of these dtypes: all alike, float32 or bfloat16."""
+    """Whether the kernels take tensors of these dtypes: all alike, float32, bfloat16 or float16."""
     return available and x.dtype in _DTYPES and all(t is None or t.dtype == x.dtype for t in others)
 
 

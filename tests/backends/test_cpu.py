@@ -10,12 +10,12 @@ from tests.support import assert_gradients, assert_values
 
 pytestmark = pytest.mark.skipif(not cpu.available, reason=cpu.reason)
 
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # rows, groups, H, I: odd sizes, whole panels, one of each, none, and groups on either side of every kernel's range
 SIZES = [(0, 3, 5, 7), (1, 1, 1, 1), (33, 4, 31, 63), (64, 3, 100, 33), (150, 2, 64, 96), (90, 5, 3, 100)]
 
 
-@pytest.fixture(params=DTYPES, ids=["fp32", "bf16"])
+@pytest.fixture(params=DTYPES, ids=["fp32", "bf16", "fp16"])
 def dtype(request):
     return request.param
 

@@ -54,7 +54,7 @@ def test_values_and_gradients_equal_the_oracle(dtype, gather, scatter, mode):
 @pytest.mark.parametrize("mode", ["sparse", "masked"])
 @pytest.mark.parametrize(("gather", "scatter"), FORMS, ids=FORM_IDS)
 @pytest.mark.parametrize("kind", PLAN_KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_kind_of_plan(dtype, kind, gather, scatter, mode):
     check(make_plan(kind, 37, 3, torch.float32), gather, scatter, "gelu", mode, dtype=dtype)
 
@@ -67,7 +67,7 @@ def test_every_activation(gather, scatter, activation):
 
 @pytest.mark.parametrize("size", [(1, 1, 1), (2, 3, 5), (63, 64, 100), (100, 96, 63), (130, 1, 1000)], ids=str)
 @pytest.mark.parametrize(("gather", "scatter"), FORMS, ids=FORM_IDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_odd_sizes_without_bias_and_scale(dtype, gather, scatter, size):
     rows, out_width, width = size
     plan = make_plan("routed", rows, 4, None)
@@ -88,7 +88,7 @@ def test_gradcheck_in_float64(gather, scatter):
 
 @pytest.mark.parametrize(("gather", "scatter"), FORMS, ids=FORM_IDS)
 @pytest.mark.parametrize("mode", ["sparse", "masked"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_padding_slots_are_never_read_and_come_out_as_zero(dtype, mode, gather, scatter):
     plan = make_plan("padded", 37, 3, torch.float32)
     slots = int(plan.offsets[-1])

@@ -62,7 +62,7 @@ def test_values_and_gradients_equal_the_oracle(dtype, activation, mode):
 
 @pytest.mark.parametrize("mode", ["sparse", "masked"])
 @pytest.mark.parametrize("kind", PLAN_KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_kind_of_plan(dtype, kind, mode):
     plan = make_plan(kind, 37, 3, torch.float32)
     check(problem(groups=plan.num_groups, dtype=dtype), plan, "gelu", mode)
@@ -70,7 +70,7 @@ def test_every_kind_of_plan(dtype, kind, mode):
 
 @pytest.mark.parametrize("size", [(1, 1, 1), (2, 3, 5), (63, 64, 100), (100, 96, 63), (130, 1, 1000)], ids=str)
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_odd_sizes(dtype, activation, size):
     rows, width, inner = size
     p = problem(rows, 4, width, inner, activation, dtype)
@@ -78,7 +78,7 @@ def test_odd_sizes(dtype, activation, size):
 
 
 @pytest.mark.parametrize("scale_dtype", [None, torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_scale_of_any_float_dtype_and_no_biases(dtype, scale_dtype):
     check(problem(dtype=dtype, biased=False), make_plan("routed", 37, 3, scale_dtype), "silu")
 
@@ -105,7 +105,7 @@ def test_one_gradient_alone(wanted, mode):
 
 
 @pytest.mark.parametrize("mode", ["sparse", "masked"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_unselected_rows_may_hold_nan(dtype, mode):
     p = problem(dtype=dtype, groups=1)
     mask = torch.arange(37) % 3 == 0
@@ -145,7 +145,7 @@ def test_leading_dimensions_are_rows():
     assert torch.equal(out.reshape(12, -1), flat)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_strided_and_expanded_inputs_and_gradients(dtype):
     p = problem(dtype=dtype)
     plan = make_plan("routed", 37, 3, torch.float32)
@@ -172,7 +172,7 @@ def test_strided_and_expanded_inputs_and_gradients(dtype):
         assert_values(got, want)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("rows", [0, 5])
 def test_no_rows_or_no_slots(rows, dtype):
     p = problem(num_rows=rows, dtype=dtype)
@@ -203,7 +203,7 @@ def test_gradcheck_in_float64(activation, kind):
 
 
 @pytest.mark.parametrize("kind", ["duplicates", "all_rows"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_forty_repeats_and_any_thread_count_give_the_same_bits(dtype, kind):
     p = problem(200, 4 if kind == "duplicates" else 1, 96, 1001, "swiglu", dtype)
     plan = make_plan(kind, 200, p["w_in"].shape[0], torch.float32)
@@ -261,7 +261,7 @@ def test_flops_are_those_of_live_slots():
     assert masked.get_total_flops() == 2 * 40 * 3 * (16 * 48 + 24 * 16)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("save", [False, True])
 def test_opcheck(save, dtype):
     p = {n: t.detach() for n, t in problem(9, 2, 6, 5, "swiglu", dtype).items()}

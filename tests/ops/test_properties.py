@@ -1,7 +1,8 @@
 """Property tests: every op on shapes, plans, strides and dtypes that nobody would write down, against the oracle.
 
-float32 is compared within a tolerance, on random data. bfloat16 is compared to the bit, on small whole numbers: every
-product and sum of them is exact in float32, and the hidden layer in bfloat16, so that only the last rounding is left.
+float32 is compared within a tolerance, on random data. bfloat16 and float16 are compared to the bit, on small whole
+numbers: every product and sum of them is exact in float32, and the hidden layer in the narrow type, so that only the
+last rounding is left.
 """
 
 import hypothesis
@@ -16,6 +17,7 @@ settings = hypothesis.settings(max_examples=120, deadline=None, suppress_health_
 odd_sizes = st.one_of(st.integers(1, 9), st.sampled_from([31, 32, 33, 63, 64, 65, 100, 129]))
 modes = st.sampled_from(["sparse", "masked", "auto"])
 layouts = st.sampled_from(["contiguous", "transposed", "sliced"])
+NARROW = (torch.bfloat16, torch.float16)
 
 
 @st.composite
@@ -35,8 +37,8 @@ def plans(draw, max_rows=70):
 
 
 def leaf(shape, dtype, layout, scale=1.0):
-    """A leaf of the layout named: random, or -1, 0 and 1 for bfloat16."""
-    t = torch.randint(-1, 2, shape).to(dtype) if dtype == torch.bfloat16 else torch.randn(shape) * scale
+    """A leaf of the layout named: random, or -1, 0 and 1 for the narrow types."""
+    t = torch.randint(-1, 2, shape).to(dtype) if dtype in NARROW else torch.randn(shape) * scale
     if layout == "transposed":
         t = t.transpose(-1, -2).contiguous().transpose(-1, -2)
     elif layout == "sliced":
@@ -52,7 +54,7 @@ def wide_copy(t):
 
 def compare(out, want, leaves, wide_leaves, plan):
     """The values and every gradient."""
-    exact = out.dtype == torch.bfloat16
+    exact = out.dtype in NARROW
     grad = torch.randint(-1, 2, out.shape).to(out.dtype) if exact else torch.randn(out.shape)
     leaves, wide_leaves = ([t for t in ts if t is not None] for ts in (leaves, wide_leaves))
     got = torch.autograd.grad(out, leaves, grad)
@@ -93,9 +95,9 @@ def test_grouped_mlp(plan, width, inner, layout, activation, biased, with_residu
 
 
 @settings
-@hypothesis.given(plans(), odd_sizes, odd_sizes, layouts, st.booleans(), st.booleans())
-def test_grouped_mlp_is_exact_on_small_whole_numbers(plan, width, inner, layout, biased, with_residual):
-    check_grouped_mlp(plan, width, inner, torch.bfloat16, layout, "relu", biased, with_residual, "sparse")
+@hypothesis.given(plans(), odd_sizes, odd_sizes, st.sampled_from(NARROW), layouts, st.booleans(), st.booleans())
+def test_grouped_mlp_is_exact_on_small_whole_numbers(plan, width, inner, dtype, layout, biased, with_residual):
+    check_grouped_mlp(plan, width, inner, dtype, layout, "relu", biased, with_residual, "sparse")
 
 
 def check_grouped_linear(plan, width, out_width, dtype, layout, activation, biased, gather, scatter, mode):
@@ -120,16 +122,17 @@ def test_grouped_linear(plan, width, out_width, layout, activation, biased, gath
 
 @settings
 @hypothesis.given(
-    plans(), odd_sizes, odd_sizes, layouts, st.sampled_from([None, "relu"]), st.booleans(), st.booleans(), st.booleans()
-)
+    plans(), odd_sizes, odd_sizes, st.sampled_from(NARROW), layouts, st.sampled_from([None, "relu"]), st.booleans(),
+    st.booleans(), st.booleans(),
+)  # fmt: skip
 def test_grouped_linear_is_exact_on_small_whole_numbers(
-    plan, width, out_width, layout, activation, biased, gather, scatter
+    plan, width, out_width, dtype, layout, activation, biased, gather, scatter
 ):
-    check_grouped_linear(plan, width, out_width, torch.bfloat16, layout, activation, biased, gather, scatter, "sparse")
+    check_grouped_linear(plan, width, out_width, dtype, layout, activation, biased, gather, scatter, "sparse")
 
 
 @settings
-@hypothesis.given(plans(), odd_sizes, st.sampled_from([torch.float32, torch.bfloat16]), layouts, st.booleans())
+@hypothesis.given(plans(), odd_sizes, st.sampled_from([torch.float32, *NARROW]), layouts, st.booleans())
 def test_gather_and_scatter_rows(plan, width, dtype, layout, with_base):
     x = leaf((plan.num_rows, width), dtype, layout)
     base = leaf((plan.num_rows, width), dtype, layout) if with_base else None

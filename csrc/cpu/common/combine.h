@@ -3,8 +3,8 @@
 // no atomics and the bits do not depend on the thread count.
 #pragma once
 #include "common/threads.h"
+#include "cpu/common/dtype.h"
 #include "cpu/common/sums.h"
-#include "cpu/kernels.h"
 
 namespace dyncore::DYNCORE_ISA {
 

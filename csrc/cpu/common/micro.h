@@ -134,7 +134,7 @@ inline __attribute__((noinline)) void dot_tile(const T* const* a, const T* const
     for (int j = 0; j < C; ++j) acc[r][j] = vf{};
   int64_t k = 0;
 #if defined(__AVX512BF16__)
-  if constexpr (sizeof(T) == 2) {
+  if constexpr (kPairs<T>) {
     for (; k + 2 * VL <= depth; k += 2 * VL) {
       ahead.fetch(k);
       __m512bh w[C];
@@ -161,6 +161,17 @@ inline __attribute__((noinline)) void dot_tile(const T* const* a, const T* const
       for (int j = 0; j < C; ++j) acc[r][j] += x * w[j];
     }
   }
+  if (k < depth) {
+    vf w[C];
+#pragma GCC unroll 4
+    for (int j = 0; j < C; ++j) w[j] = load_some(b[j] + k, depth - k);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const vf x = load_some(a[r] + k, depth - k);
+#pragma GCC unroll 4
+      for (int j = 0; j < C; ++j) acc[r][j] += x * w[j];
+    }
+  }
   constexpr int kGroups = (R * C + VL - 1) / VL;
   float sums[kGroups * VL];
 #pragma GCC unroll 4
@@ -173,13 +184,8 @@ inline __attribute__((noinline)) void dot_tile(const T* const* a, const T* const
     }
     store(sums + g * VL, sum_each(part));
   }
-  for (int r = 0; r < R; ++r) {
-    for (int j = 0; j < C; ++j) {
-      float total = sums[r * C + j];
-      for (int64_t rest = k; rest < depth; ++rest) total += to_float(a[r][rest]) * to_float(b[j][rest]);
-      c[r * NC + j] = total;
-    }
-  }
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < C; ++j) c[r * NC + j] = sums[r * C + j];
 }
 
 }  // namespace dyncore::DYNCORE_ISA

@@ -40,7 +40,7 @@ DYNCORE_INLINE void transpose(vf (&r)[VL]) {
   transpose_from<VL / 2>(r);
 }
 
-// panel[k][j] = row j's word k, for j < n. `Word` is what a panel's element is made of: float, or bfloat16 that
+// panel[k][j] = row j's word k, for j < n. `Word` is what a panel's element is made of: float, or a narrower type that
 // becomes float, or a pair of bfloat16 (passed as float: only moved, never computed with).
 template <class Word>
 inline void pack_transposed(float* panel, const Word* b, int64_t stride_words, int64_t words, int n) {

@@ -9,9 +9,9 @@ namespace dyncore::DYNCORE_ISA {
 // 4 (K = N = 1024, weights in cache, dot against packed at 24, 32, 64 rows): float 102/81, 103/90, 92/98 GFLOP/s,
 // bfloat16 pairs 192/175, 193/196, 194/213. Without pairs the dot form converts every weight for every 4 rows.
 template <class T>
-constexpr int64_t kDotRows = sizeof(T) == 4 ? 48
-                             : kDotBf16     ? 32
-                                            : 12;
+constexpr int64_t kDotRows = kIsFloat<T> ? 48
+                             : kPairs<T> ? 32
+                                         : 12;
 // The rows are read again for every 4 columns, so they must stay in the L2 cache.
 constexpr int64_t kDotBytes = 512 << 10;
 // Depth of a packed panel: 256 KB of float, a quarter of a common L2 cache.
@@ -45,11 +45,11 @@ struct Right {
 // What a thread needs to compute products.
 struct PanelBuffers {
   float* panel;  // [KC][32]
-  float* rows;   // [MR][KC], where bfloat16 rows are made float
+  float* rows;   // [MR][KC], where rows of a narrower type are made float
 };
 
 template <class T>
-constexpr bool kWidenRows = sizeof(T) == 2 && !kDotBf16;
+constexpr bool kWidenRows = !kIsFloat<T> && !kPairs<T>;
 
 template <class T>
 inline size_t panel_bytes(int64_t depth) {
@@ -86,7 +86,7 @@ template <class T>
 inline void pack(float* panel, Right<T> b, int64_t k0, int64_t depth, int n) {
   const int32_t* index = b.index ? b.index + k0 : nullptr;
   const T* data = b.index ? b.data : b.data + k0 * b.stride_k;
-  if constexpr (sizeof(T) == 2 && kDotBf16) {
+  if constexpr (kPairs<T>) {
     if (b.stride_n == 1) return pack_rows_pairs(panel, data, b.stride_k, index, depth, n);
     return pack_transposed_pairs(panel, data, b.stride_n, depth, n);
   } else {
@@ -95,10 +95,11 @@ inline void pack(float* panel, Right<T> b, int64_t k0, int64_t depth, int n) {
   }
 }
 
-inline const float* widen_row(float* to, const bf16* row, int64_t depth) {
+template <class T>
+inline const float* widen_row(float* to, const T* row, int64_t depth) {
   int64_t k = 0;
   for (; k + VL <= depth; k += VL) store(to + k, load(row + k));
-  for (; k < depth; ++k) to[k] = to_float(row[k]);
+  if (k < depth) store_some(to + k, load_some(row + k, depth - k), depth - k);
   return to;
 }
 
@@ -107,7 +108,7 @@ template <class T>
 inline void multiply_chains(int rows, const T** at, const float* b, int64_t ldb, int64_t depth, float* sums) {
   for (int64_t k = 0; k < depth; k += kChainDepth) {
     const int64_t chain = depth - k < kChainDepth ? depth - k : kChainDepth;
-    if constexpr (sizeof(T) == 4) {
+    if constexpr (kIsFloat<T>) {
       tile_dispatch<MR>(rows, at, b + k * ldb, ldb, chain, sums, k > 0);
     } else {
 #if defined(__AVX512BF16__)
@@ -218,7 +219,7 @@ inline void product(float* c, Left<T> a, int64_t m, int64_t depth, Right<T> b, i
   const bool in_place = b.stride_n == 1 && !b.index && n == NC && m <= MR;
   for (int64_t k0 = 0; k0 < depth; k0 += KC) {
     const int64_t block = depth - k0 < KC ? depth - k0 : KC;
-    if constexpr (sizeof(T) == 4) {
+    if constexpr (kIsFloat<T>) {
       if (in_place) {
         multiply_panel(c, a, m, k0, block, b.data + k0 * b.stride_k, b.stride_k, buffers.rows, k0 > 0);
         continue;
