@@ -1,195 +1,314 @@
-// dyncore._C: the only place that knows Python. Tensors arrive as integers (address, strides in elements; address 0
-// where absent); plans are checked, then the kernels run without the GIL.
+// dyncore._C: Python's side of the kernels. Tensors are read (bindings/tensor.h), shapes and the plan are checked, then
+// the kernels run without the GIL.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings/tensor.h"
 #include "common/isa.h"
 #include "cpu/plan.h"
 
 namespace py = pybind11;
 using namespace dyncore;
+using namespace dyncore::bindings;
 
 namespace {
 
-using Address = uintptr_t;
+// A plan's tensors; scale and the inverse map may be None.
+struct PlanTensors {
+  Indices rows, offsets;
+  Scales scale;
+  Indices row_offsets, row_slots;
+  Plan plan;
 
-template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
+  PlanTensors(py::handle rows_, py::handle offsets_, py::handle scale_, py::handle row_offsets_, py::handle row_slots_,
+              int64_t num_rows)
+      : rows("plan.rows", rows_),
+        offsets("plan.offsets", offsets_),
+        scale("plan.scale", scale_, Absence::allowed),
+        row_offsets("plan.row_offsets", row_offsets_, Absence::allowed),
+        row_slots("plan.row_slots", row_slots_, Absence::allowed) {
+    const int64_t capacity = rows.size(0);
+    scale.expect_length(capacity, "entries, one a slot");
+    row_slots.expect_length(capacity, "entries, one a slot");
+    row_offsets.expect_length(num_rows + 1, "entries, one more than rows");
+    if (offsets.size(0) < 1) offsets.expect_length(1, "entries at least");
+    plan = {rows.list(),      offsets.list(), scale.list(),        row_offsets.list(),
+            row_slots.list(), capacity,       offsets.size(0) - 1, num_rows};
+  }
+};
+
+// T, from the row_offsets [T+1] of a plan.
+int64_t rows_of(py::handle row_offsets) {
+  const Tensor t("plan.row_offsets", row_offsets);
+  t.expect_dims(1);
+  if (t.size(0) < 1) t.expect_length(1, "entries at least");
+  return t.size(0) - 1;
 }
 
-// The plan as a tuple: rows, offsets, scale, row_offsets, row_slots (addresses), capacity, groups, num_rows.
-Plan to_plan(const py::tuple& t) {
-  const auto number = [&](size_t i) { return t[i].cast<int64_t>(); };
-  const auto address = [&](size_t i) { return t[i].cast<Address>(); };
-  return {at<const int32_t>(address(0)),
-          at<const int32_t>(address(1)),
-          at<const float>(address(2)),
-          at<const int32_t>(address(3)),
-          at<const int32_t>(address(4)),
-          number(5),
-          number(6),
-          number(7)};
+void expect_rows(const PlanTensors& p, std::initializer_list<const Tensor*> tensors) {
+  for (const Tensor* t : tensors) t->expect_length(p.plan.num_rows, "rows");
 }
 
-Matrix to_matrix(const py::tuple& t) {
-  return {at<void>(t[0].cast<Address>()), t[1].cast<int64_t>()};
-}
-
-Weight to_weight(const py::tuple& t) {
-  return {at<const void>(t[0].cast<Address>()), t[1].cast<int64_t>(), t[2].cast<int64_t>(), t[3].cast<int64_t>()};
+void expect_slots(const PlanTensors& p, std::initializer_list<const Tensor*> tensors) {
+  for (const Tensor* t : tensors) t->expect_length(p.plan.capacity, "slots");
 }
 
 // Checks the plan and runs the kernel, both without the GIL.
 template <class Op>
-void launch(void (*Kernels::*kernel)(const Op&), const Op& op, int64_t row_limit, bool uses_inverse) {
+void launch(void (*Kernels::*kernel)(const Op&), const Op& op, bool uses_inverse) {
   py::gil_scoped_release unlocked;
-  check_plan(op.plan, row_limit, uses_inverse);
+  check_plan(op.plan, op.plan.num_rows, uses_inverse);
   (kernels().*kernel)(op);
 }
 
-void gather_rows(const py::tuple& plan, const py::tuple& x, Address out, int64_t width, int element_bytes,
+// Ops ----------------------------------------------------------------------------------------------------------------
+// Arguments stand in the order of the op's schema (dyncore/backends/__init__.py), then outputs, then the thread count.
+// An output is a fresh tensor or None.
+
+void gather_rows(py::handle x_, py::handle rows_, py::handle offsets_, py::handle out_, int element_bytes,
                  int threads) {
-  const GatherRows op{to_plan(plan), to_matrix(x), {at<void>(out), width}, width, element_bytes, threads};
-  launch(&Kernels::gather_rows, op, op.plan.num_rows, false);
+  const Rows x("x", x_);
+  const PlanTensors p(rows_, offsets_, py::none(), py::none(), py::none(), x.size(0));
+  const Tensor out("out", out_);
+  const int64_t width = x.size(1);
+  out.expect_shape({p.plan.capacity, width});
+  const GatherRows op{p.plan, x.matrix(), {out.data(), width}, width, element_bytes, threads};
+  launch(&Kernels::gather_rows, op, false);
 }
 
-void scatter_rows(const py::tuple& plan, int dtype, const py::tuple& y, const py::tuple& base, Address out,
-                  int64_t width, int threads) {
-  const ScatterRows op{to_plan(plan),          Dtype(dtype), to_matrix(y), to_matrix(base),
-                       {at<void>(out), width}, width,        threads};
-  launch(&Kernels::scatter_rows, op, op.plan.num_rows, true);
+void scatter_rows(py::handle y_, py::handle base_, py::handle rows_, py::handle offsets_, py::handle scale_,
+                  py::handle row_offsets_, py::handle row_slots_, py::handle out_, int threads) {
+  const Rows y("y", y_), base("base", base_, Absence::allowed);
+  const PlanTensors p(rows_, offsets_, scale_, row_offsets_, row_slots_, rows_of(row_offsets_));
+  const Tensor out("out", out_);
+  const int64_t width = y.size(1);
+  expect_slots(p, {&y});
+  expect_rows(p, {&base});
+  base.expect_type_of(y);
+  base.expect_shape({p.plan.num_rows, width});
+  out.expect_shape({p.plan.num_rows, width});
+  const ScatterRows op{p.plan, kernel_dtype(y), y.matrix(), base.matrix(), {out.data(), width}, width, threads};
+  launch(&Kernels::scatter_rows, op, true);
 }
 
-void scatter_rows_backward(const py::tuple& plan, int dtype, const py::tuple& grad, const py::tuple& y, Address dy,
-                           Address dscale, int64_t width, int threads) {
-  const ScatterRowsBackward op{to_plan(plan), Dtype(dtype),      to_matrix(grad), to_matrix(y),
-                               at<void>(dy),  at<float>(dscale), width,           threads};
-  launch(&Kernels::scatter_rows_backward, op, op.plan.num_rows, false);
+void scatter_rows_backward(py::handle grad_, py::handle y_, py::handle rows_, py::handle offsets_, py::handle scale_,
+                           int64_t num_rows, py::handle dy_, py::handle dscale_, int threads) {
+  const Rows grad("grad", grad_), y("y", y_);
+  const PlanTensors p(rows_, offsets_, scale_, py::none(), py::none(), num_rows);
+  const Tensor dy("dy", dy_, Absence::allowed), dscale("dscale", dscale_, Absence::allowed);
+  const int64_t width = y.size(1);
+  expect_slots(p, {&y, &dy, &dscale});
+  expect_rows(p, {&grad});
+  grad.expect_type_of(y);
+  grad.expect_shape({num_rows, width});
+  const ScatterRowsBackward op{p.plan,    kernel_dtype(y),      grad.matrix(), y.matrix(),
+                               dy.data(), dscale.data<float>(), width,         threads};
+  launch(&Kernels::scatter_rows_backward, op, false);
 }
 
-void grouped_linear(const py::tuple& plan, int dtype, int activation, bool gather, bool scatter, int64_t n, int64_t k,
-                    const py::tuple& x, const py::tuple& weight, const py::tuple& bias, Address out, Address pre,
-                    int threads) {
-  const GroupedLinear op{
-      to_plan(plan), Dtype(dtype),      Activation(activation), gather,        scatter,       n,      k,
-      to_matrix(x),  to_weight(weight), to_matrix(bias),        at<void>(out), at<void>(pre), threads};
-  launch(&Kernels::grouped_linear, op, op.plan.num_rows, scatter);
+void grouped_linear(py::handle x_, py::handle weight_, py::handle bias_, py::handle rows_, py::handle offsets_,
+                    py::handle scale_, py::handle row_offsets_, py::handle row_slots_, int activation, bool gather,
+                    bool scatter, py::handle out_, py::handle pre_, int threads) {
+  const Rows x("x", x_), bias("bias", bias_, Absence::allowed);
+  const Weights weight("weight", weight_);
+  const PlanTensors p(rows_, offsets_, scale_, row_offsets_, row_slots_, rows_of(row_offsets_));
+  const Tensor out("out", out_), pre("pre", pre_, Absence::allowed);
+  const int64_t n = weight.size(1), k = weight.size(2);
+  gather ? expect_rows(p, {&x}) : expect_slots(p, {&x});
+  for (const Tensor* t : {static_cast<const Tensor*>(&weight), static_cast<const Tensor*>(&bias)}) t->expect_type_of(x);
+  x.expect_shape({x.size(0), k});
+  weight.expect_shape({p.plan.groups, n, k});
+  bias.expect_shape({p.plan.groups, n});
+  out.expect_shape({scatter ? p.plan.num_rows : p.plan.capacity, n});
+  pre.expect_shape({p.plan.capacity, n});
+  const GroupedLinear op{p.plan,     kernel_dtype(x), Activation(activation), gather,     scatter,    n,      k,
+                         x.matrix(), weight.weight(), bias.matrix(),          out.data(), pre.data(), threads};
+  launch(&Kernels::grouped_linear, op, scatter);
 }
 
-void grouped_linear_backward(const py::tuple& plan, int dtype, int activation, bool gather, bool scatter, int64_t n,
-                             int64_t k, const py::tuple& grad, const py::tuple& x, const py::tuple& weight,
-                             const py::tuple& bias, const py::tuple& pre, Address dx, Address dweight, Address dbias,
-                             Address dscale, int threads) {
-  const GroupedLinearBackward op{to_plan(plan),
-                                 Dtype(dtype),
+void grouped_linear_backward(py::handle grad_, py::handle x_, py::handle weight_, py::handle bias_, py::handle pre_,
+                             py::handle rows_, py::handle offsets_, py::handle scale_, py::handle row_offsets_,
+                             py::handle row_slots_, int activation, bool gather, bool scatter, py::handle dx_,
+                             py::handle dweight_, py::handle dbias_, py::handle dscale_, int threads) {
+  const Rows grad("grad", grad_), x("x", x_), bias("bias", bias_, Absence::allowed), pre("pre", pre_, Absence::allowed);
+  const Weights weight("weight", weight_);
+  const PlanTensors p(rows_, offsets_, scale_, row_offsets_, row_slots_, rows_of(row_offsets_));
+  const Tensor dx("dx", dx_, Absence::allowed), dweight("dweight", dweight_, Absence::allowed),
+      dbias("dbias", dbias_, Absence::allowed), dscale("dscale", dscale_, Absence::allowed);
+  const int64_t n = weight.size(1), k = weight.size(2);
+  gather ? expect_rows(p, {&x}) : expect_slots(p, {&x});
+  scatter ? expect_rows(p, {&grad}) : expect_slots(p, {&grad});
+  expect_slots(p, {&pre, &dscale});
+  const std::initializer_list<const Tensor*> alike{&grad, &weight, &bias, &pre};
+  for (const Tensor* t : alike) t->expect_type_of(x);
+  x.expect_shape({x.size(0), k});
+  grad.expect_shape({grad.size(0), n});
+  pre.expect_shape({p.plan.capacity, n});
+  weight.expect_shape({p.plan.groups, n, k});
+  bias.expect_shape({p.plan.groups, n});
+  const GroupedLinearBackward op{p.plan,
+                                 kernel_dtype(x),
                                  Activation(activation),
                                  gather,
                                  scatter,
                                  n,
                                  k,
-                                 to_matrix(grad),
-                                 to_matrix(x),
-                                 to_weight(weight),
-                                 to_matrix(bias),
-                                 to_matrix(pre),
-                                 at<void>(dx),
-                                 at<void>(dweight),
-                                 at<void>(dbias),
-                                 at<float>(dscale),
+                                 grad.matrix(),
+                                 x.matrix(),
+                                 weight.weight(),
+                                 bias.matrix(),
+                                 pre.matrix(),
+                                 dx.data(),
+                                 dweight.data(),
+                                 dbias.data(),
+                                 dscale.data<float>(),
                                  threads};
-  launch(&Kernels::grouped_linear_backward, op, op.plan.num_rows, gather && dx);
+  launch(&Kernels::grouped_linear_backward, op, gather && dx);
 }
 
-void grouped_mlp(const py::tuple& plan, int dtype, int activation, int64_t h, int64_t i, const py::tuple& x,
-                 const py::tuple& w_in, const py::tuple& w_out, const py::tuple& b_in, const py::tuple& b_out,
-                 const py::tuple& residual, Address out, Address pre, int threads) {
-  const GroupedMlp op{to_plan(plan),
-                      Dtype(dtype),
+void grouped_mlp(py::handle x_, py::handle w_in_, py::handle w_out_, py::handle b_in_, py::handle b_out_,
+                 py::handle residual_, py::handle rows_, py::handle offsets_, py::handle scale_,
+                 py::handle row_offsets_, py::handle row_slots_, int activation, py::handle out_, py::handle pre_,
+                 int threads) {
+  const Rows x("x", x_), b_in("b_in", b_in_, Absence::allowed), b_out("b_out", b_out_, Absence::allowed),
+      residual("residual", residual_, Absence::allowed);
+  const Weights w_in("w_in", w_in_), w_out("w_out", w_out_);
+  const PlanTensors p(rows_, offsets_, scale_, row_offsets_, row_slots_, rows_of(row_offsets_));
+  const Tensor out("out", out_), pre("pre", pre_, Absence::allowed);
+  const int64_t h = w_out.size(1), i = w_out.size(2), width = is_gated(Activation(activation)) ? 2 * i : i;
+  expect_rows(p, {&x, &residual});
+  const std::initializer_list<const Tensor*> alike{&w_in, &w_out, &b_in, &b_out, &residual};
+  for (const Tensor* t : alike) t->expect_type_of(x);
+  x.expect_shape({p.plan.num_rows, h});
+  residual.expect_shape({p.plan.num_rows, h});
+  w_in.expect_shape({p.plan.groups, width, h});
+  w_out.expect_shape({p.plan.groups, h, i});
+  b_in.expect_shape({p.plan.groups, width});
+  b_out.expect_shape({p.plan.groups, h});
+  out.expect_shape({p.plan.num_rows, h});
+  pre.expect_shape({p.plan.capacity, width});
+  const GroupedMlp op{p.plan,
+                      kernel_dtype(x),
                       Activation(activation),
                       h,
                       i,
-                      to_matrix(x),
-                      to_weight(w_in),
-                      to_weight(w_out),
-                      to_matrix(b_in),
-                      to_matrix(b_out),
-                      to_matrix(residual),
-                      at<void>(out),
-                      at<void>(pre),
+                      x.matrix(),
+                      w_in.weight(),
+                      w_out.weight(),
+                      b_in.matrix(),
+                      b_out.matrix(),
+                      residual.matrix(),
+                      out.data(),
+                      pre.data(),
                       threads};
-  launch(&Kernels::grouped_mlp, op, op.plan.num_rows, true);
+  launch(&Kernels::grouped_mlp, op, true);
 }
 
-void grouped_mlp_backward(const py::tuple& plan, int dtype, int activation, int64_t h, int64_t i, const py::tuple& grad,
-                          const py::tuple& x, const py::tuple& w_in, const py::tuple& w_out, const py::tuple& b_out,
-                          const py::tuple& pre, Address dx, Address dw_in, Address dw_out, Address db_in,
-                          Address db_out, Address dscale, int threads) {
-  const GroupedMlpBackward op{to_plan(plan),
-                              Dtype(dtype),
+void grouped_mlp_backward(py::handle grad_, py::handle x_, py::handle w_in_, py::handle w_out_, py::handle b_out_,
+                          py::handle pre_, py::handle rows_, py::handle offsets_, py::handle scale_,
+                          py::handle row_offsets_, py::handle row_slots_, int activation, py::handle dx_,
+                          py::handle dw_in_, py::handle dw_out_, py::handle db_in_, py::handle db_out_,
+                          py::handle dscale_, int threads) {
+  const Rows grad("grad", grad_), x("x", x_), b_out("b_out", b_out_, Absence::allowed), pre("pre", pre_);
+  const Weights w_in("w_in", w_in_), w_out("w_out", w_out_);
+  const PlanTensors p(rows_, offsets_, scale_, row_offsets_, row_slots_, rows_of(row_offsets_));
+  const Tensor dx("dx", dx_, Absence::allowed), dw_in("dw_in", dw_in_, Absence::allowed),
+      dw_out("dw_out", dw_out_, Absence::allowed), db_in("db_in", db_in_, Absence::allowed),
+      db_out("db_out", db_out_, Absence::allowed), dscale("dscale", dscale_, Absence::allowed);
+  const int64_t h = w_out.size(1), i = w_out.size(2), width = is_gated(Activation(activation)) ? 2 * i : i;
+  expect_rows(p, {&grad, &x});
+  expect_slots(p, {&pre, &dscale});
+  const std::initializer_list<const Tensor*> alike{&grad, &w_in, &w_out, &b_out, &pre};
+  for (const Tensor* t : alike) t->expect_type_of(x);
+  x.expect_shape({p.plan.num_rows, h});
+  grad.expect_shape({p.plan.num_rows, h});
+  w_in.expect_shape({p.plan.groups, width, h});
+  w_out.expect_shape({p.plan.groups, h, i});
+  b_out.expect_shape({p.plan.groups, h});
+  pre.expect_shape({p.plan.capacity, width});
+  const GroupedMlpBackward op{p.plan,
+                              kernel_dtype(x),
                               Activation(activation),
                               h,
                               i,
-                              to_matrix(grad),
-                              to_matrix(x),
-                              to_weight(w_in),
-                              to_weight(w_out),
-                              to_matrix(b_out),
-                              to_matrix(pre),
-                              at<void>(dx),
-                              at<void>(dw_in),
-                              at<void>(dw_out),
-                              at<void>(db_in),
-                              at<void>(db_out),
-                              at<float>(dscale),
+                              grad.matrix(),
+                              x.matrix(),
+                              w_in.weight(),
+                              w_out.weight(),
+                              b_out.matrix(),
+                              pre.matrix(),
+                              dx.data(),
+                              dw_in.data(),
+                              dw_out.data(),
+                              db_in.data(),
+                              db_out.data(),
+                              dscale.data<float>(),
                               threads};
-  launch(&Kernels::grouped_mlp_backward, op, op.plan.num_rows, dx != 0);
+  launch(&Kernels::grouped_mlp_backward, op, static_cast<bool>(dx));
 }
 
-// Buffers of a plan being made, as a tuple: rows, offsets, row_offsets, row_slots, capacity, groups, num_rows.
-PlanBuffers to_buffers(const py::tuple& t) {
-  const auto number = [&](size_t i) { return t[i].cast<int64_t>(); };
-  const auto list = [&](size_t i) { return at<int32_t>(t[i].cast<Address>()); };
-  return {list(0), list(1), list(2), list(3), number(4), number(5), number(6)};
+// Plans --------------------------------------------------------------------------------------------------------------
+
+// Fresh buffers of a plan: rows [A], offsets [G+1], row_offsets [T+1], row_slots [A].
+PlanBuffers new_plan(const Tensor& rows, const Tensor& offsets, const Tensor& row_offsets, const Tensor& row_slots) {
+  return {rows.data<int32_t>(), offsets.data<int32_t>(), row_offsets.data<int32_t>(), row_slots.data<int32_t>(),
+          rows.size(0),         offsets.size(0) - 1,     row_offsets.size(0) - 1};
 }
 
-void make_plan_mask(Address mask, const py::tuple& plan) {
-  const PlanBuffers buffers = to_buffers(plan);
+void make_plan_mask(py::handle mask_, py::handle rows_, py::handle offsets_, py::handle row_offsets_,
+                    py::handle row_slots_) {
+  const Contiguous mask("mask", mask_);
+  const Indices rows("rows", rows_), offsets("offsets", offsets_), row_offsets("row_offsets", row_offsets_),
+      row_slots("row_slots", row_slots_);
+  const PlanBuffers plan = new_plan(rows, offsets, row_offsets, row_slots);
   py::gil_scoped_release unlocked;
-  plan_mask(at<const uint8_t>(mask), buffers);
+  plan_mask(mask.data<const uint8_t>(), plan);
 }
 
-void make_plan_route(Address expert, bool wide, int64_t k, Address sources, const py::tuple& plan) {
-  const PlanBuffers buffers = to_buffers(plan);
+void make_plan_route(py::handle expert_, py::handle rows_, py::handle offsets_, py::handle row_offsets_,
+                     py::handle row_slots_, py::handle sources_) {
+  const Contiguous expert("expert", expert_);
+  const Indices rows("rows", rows_), offsets("offsets", offsets_), row_offsets("row_offsets", row_offsets_),
+      row_slots("row_slots", row_slots_), sources("sources", sources_);
+  const PlanBuffers plan = new_plan(rows, offsets, row_offsets, row_slots);
   py::gil_scoped_release unlocked;
-  plan_route(at<const void>(expert), wide, k, at<int32_t>(sources), buffers);
+  plan_route(expert.data<const void>(), expert.type() == kInt64, expert.size(1), sources.list(), plan);
 }
 
-void make_plan_topk(Address scores, bool wide, int64_t batch, int64_t sequence, int64_t k, const py::tuple& plan) {
-  const PlanBuffers buffers = to_buffers(plan);
+void make_plan_topk(py::handle scores_, int64_t k, py::handle rows_, py::handle offsets_, py::handle row_offsets_,
+                    py::handle row_slots_) {
+  const Contiguous scores("scores", scores_);
+  const Indices rows("rows", rows_), offsets("offsets", offsets_), row_offsets("row_offsets", row_offsets_),
+      row_slots("row_slots", row_slots_);
+  const PlanBuffers plan = new_plan(rows, offsets, row_offsets, row_slots);
   py::gil_scoped_release unlocked;
-  plan_topk(at<const void>(scores), wide, batch, sequence, k, buffers);
+  plan_topk(scores.data<const void>(), scores.type() == kDouble, scores.size(0), scores.size(1), k, plan);
 }
 
-void make_plan_inverse(const py::tuple& plan) {
-  const PlanBuffers b = to_buffers(plan);
+void make_plan_inverse(py::handle rows_, py::handle offsets_, py::handle row_offsets_, py::handle row_slots_) {
+  const Indices rows("rows", rows_), offsets("offsets", offsets_), row_offsets("row_offsets", row_offsets_),
+      row_slots("row_slots", row_slots_);
+  const PlanBuffers b = new_plan(rows, offsets, row_offsets, row_slots);
   py::gil_scoped_release unlocked;
   check_plan({b.rows, b.offsets, nullptr, nullptr, nullptr, b.capacity, b.groups, b.num_rows}, b.num_rows, false);
   plan_inverse(b);
 }
 
-int64_t count_selected(Address mask, int64_t size) {
-  return count_mask(at<const uint8_t>(mask), size);
+int64_t count_selected(py::handle mask_) {
+  const Contiguous mask("mask", mask_);
+  return count_mask(mask.data<const uint8_t>(), mask.elements());
 }
 
-int64_t count_routed(Address expert, bool wide, int64_t size, int64_t num_groups) {
-  return count_route(at<const void>(expert), wide, size, num_groups);
+int64_t count_routed(py::handle expert_, int64_t num_groups) {
+  const Contiguous expert("expert", expert_);
+  return count_route(expert.data<const void>(), expert.type() == kInt64, expert.elements(), num_groups);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled CPU kernels; dyncore/backends/cpu.py is their only caller.";
+  find_tensor_api();
   m.def("supported_isas", &supported_isas);
   m.def("select_isa", &select_isa);
   m.def("selected_isa", &selected_isa);

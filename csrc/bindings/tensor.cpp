@@ -1,0 +1,134 @@
+// Reading PyTorch's tensors through the DLPack exchange API.
+#include "bindings/tensor.h"
+
+#include <string>
+
+namespace dyncore::bindings {
+
+namespace {
+
+struct ExchangeApi {
+  uint32_t major, minor;
+  ExchangeApi* older;
+  void *allocate, *export_managed, *import_managed;
+  int (*look)(void* source, View* view);
+  void* current_stream;
+};
+
+const ExchangeApi* api = nullptr;
+
+std::string text(const int64_t* sizes, int64_t count) {
+  std::string all;
+  for (int64_t i = 0; i < count; ++i) all += (i ? ", " : "") + std::to_string(sizes[i]);
+  return "[" + all + "]";
+}
+
+}  // namespace
+
+void find_tensor_api() {
+  const char* const attribute = "__dlpack_c_exchange_api__";
+  const py::object type = py::module_::import("torch").attr("Tensor");
+  if (py::hasattr(type, attribute)) {
+    const py::object capsule = type.attr(attribute);
+    api = static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    if (!api) throw py::error_already_set();
+  }
+  while (api && api->major > 1) api = api->older;
+  if (!api || api->major != 1 || !api->look) throw py::import_error("this PyTorch has no DLPack exchange API 1.x");
+}
+
+Tensor::Tensor(const char* name, py::handle source, Absence absence) : name_(name) {
+  if (!source.is_none() || absence == Absence::refused) look(source);
+}
+
+void Tensor::look(py::handle source) {
+  if (api->look(source.ptr(), &view_) != 0) {
+    if (PyErr_Occurred()) throw py::error_already_set();
+    throw py::type_error(std::string(name_) + ": expected a Tensor, got " + Py_TYPE(source.ptr())->tp_name);
+  }
+  constexpr int32_t kCpu = 1;
+  if (view_.device_type != kCpu) throw py::value_error(std::string(name_) + ": expected a tensor on cpu");
+  if (view_.data) view_.data = static_cast<char*>(view_.data) + view_.byte_offset;
+  source_ = py::reinterpret_borrow<py::object>(source);
+}
+
+void Tensor::convert(const char* method) {
+  const py::object converted = source_.attr(method)();
+  look(converted);
+}
+
+int64_t Tensor::elements() const {
+  int64_t count = 1;
+  for (int d = 0; d < view_.dims; ++d) count *= view_.sizes[d];
+  return count;
+}
+
+bool Tensor::contiguous() const {
+  int64_t wanted = 1;
+  for (int d = view_.dims - 1; d >= 0; --d) {
+    if (view_.sizes[d] != 1 && view_.strides[d] != wanted) return elements() == 0;
+    wanted *= view_.sizes[d];
+  }
+  return true;
+}
+
+void Tensor::expect_dims(int dims) const {
+  if (!*this || view_.dims == dims) return;
+  throw py::value_error(std::string(name_) + ": expected " + std::to_string(dims) + " dimensions, got shape " +
+                        text(view_.sizes, view_.dims));
+}
+
+void Tensor::expect_type_of(const Tensor& x) const {
+  if (*this && view_.type != x.view_.type)
+    throw py::type_error(std::string(name_) + ": expected the dtype of " + x.name_ + ", got another");
+}
+
+void Tensor::expect_length(int64_t length, const char* what) const {
+  if (!*this || (view_.dims > 0 && view_.sizes[0] == length)) return;
+  throw py::value_error(std::string(name_) + ": expected " + std::to_string(length) + " " + what + ", got " +
+                        (view_.dims ? std::to_string(view_.sizes[0]) : "no dimension"));
+}
+
+void Tensor::expect_shape(std::initializer_list<int64_t> shape) const {
+  if (!*this) return;
+  bool equal = view_.dims == static_cast<int32_t>(shape.size());
+  for (int d = 0; equal && d < view_.dims; ++d) equal = view_.sizes[d] == shape.begin()[d];
+  if (equal) return;
+  throw py::value_error(std::string(name_) + ": expected shape " + text(shape.begin(), shape.size()) + ", got " +
+                        text(view_.sizes, view_.dims));
+}
+
+Contiguous::Contiguous(const char* name, py::handle source, Absence absence) : Tensor(name, source, absence) {
+  if (*this && !contiguous()) convert("contiguous");
+}
+
+Rows::Rows(const char* name, py::handle source, Absence absence) : Tensor(name, source, absence) {
+  expect_dims(2);
+  if (*this && stride(1) != 1) convert("contiguous");
+}
+
+Weights::Weights(const char* name, py::handle source) : Tensor(name, source) {
+  expect_dims(3);
+  if (*this && stride(1) != 1 && stride(2) != 1) convert("contiguous");
+}
+
+Indices::Indices(const char* name, py::handle source, Absence absence) : Tensor(name, source, absence) {
+  expect_dims(1);
+  if (*this && type() != kInt32) convert("int");
+  if (*this && !contiguous()) convert("contiguous");
+}
+
+Scales::Scales(const char* name, py::handle source, Absence absence) : Tensor(name, source, absence) {
+  expect_dims(1);
+  if (*this && type() != kFloat) convert("float");
+  if (*this && !contiguous()) convert("contiguous");
+}
+
+Dtype kernel_dtype(const Tensor& tensor) {
+  if (tensor.type() == kFloat) return Dtype::float32;
+  if (tensor.type() == kBfloat16) return Dtype::bfloat16;
+  if (tensor.type() == kFloat16) return Dtype::float16;
+  throw py::type_error("expected float32, bfloat16 or float16");
+}
+
+}  // namespace dyncore::bindings
