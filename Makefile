@@ -28,6 +28,7 @@ test-aot: $(VENV)/.ready
 
 benchmark: $(VENV)/.ready
 	$(BIN)/python -m pytest benchmarks --benchmark-only -q
+	$(BIN)/python -m benchmarks.bars
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

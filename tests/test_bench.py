@@ -202,6 +202,25 @@ def test_losing_points_are_shown_like_the_others(records):
     assert "naive at 0 of 1 (median 0.50x)" in sentence
 
 
+def test_a_contest_may_do_without_computing_everything(small_caches):
+    point = moe.synthetic(20, 4, 8, 12, torch.float32, rivals=["naive", "own_equal_flops"])
+    record, errors = measure(point, **QUICK)
+    assert not errors
+    assert set(record["against"]) == {"naive", "own_equal_flops"}
+    assert [record[key] for key in ("wall_clock_speedup", "flop_speedup", "se", "rsr")] == [None] * 4
+    assert record["flops"] == {"executed": 2 * 40 * 3 * 8 * 12, "dense": None}
+    row = dict(zip(table.COLUMNS, table.cells(record), strict=True))
+    assert row["dense ms"] == row["dense GFLOP"] == row["SE"] == row["time x"] == "-"
+    assert row["vs naive"] != "-"
+
+
+def test_the_loop_by_index_is_the_loop():
+    contest = moe.contest(moe.random_experts(20, 4, 2), 4, 8, 12, torch.float64, backward=True)
+    args = (*contest.inputs[0], *contest.variants["dyncore"].weights)
+    for a, b in zip(contest.execute(moe.indexed, *args), contest.execute(moe.naive, *args), strict=True):
+        assert torch.allclose(a, b)
+
+
 @pytest.mark.parametrize(("noisy", "marked"), [("dyncore", "both"), ("naive", "naive"), ("dense", "dense")])
 def test_ratios_of_samples_that_spread_widely_are_marked(records, noisy, marked):
     record = json.loads(json.dumps(records[0]))

@@ -40,7 +40,7 @@ class Contest:
     """Variants on common inputs.
 
     Attributes:
-        variants: by name; "dyncore" and "dense" are among them.
+        variants: by name; "dyncore" is among them, and "dense" where computing everything is a rival worth its time.
         inputs: argument tuples, one a round, in turn.
         backward: forward and backward (gradients of all floating inputs and weights) instead of forward alone.
         cold: rotate over copies of the weights, so that they come from memory as in a deep model.
@@ -173,7 +173,7 @@ def check(contest: Contest) -> tuple[Contest, dict[str, str], dict[str, str]]:
 
 def measure(point: Point, *, seconds: float, min_rounds: int = 5) -> tuple[dict[str, Any] | None, list[dict[str, str]]]:
     """(record or None, errors) of a point: check, count, time. There is no record without right numbers of dyncore's
-    and of dense PyTorch's."""
+    and, where it takes part, of dense PyTorch's."""
     contest, wrong, unavailable = check(point.build())
     errors = [{"point": str(point), "variant": name, "message": why} for name, why in wrong.items()]
     if OURS in wrong or DENSE in wrong:
@@ -187,10 +187,15 @@ def make_record(
     point: Point, contest: Contest, variants: dict[str, dict[str, Any]], unavailable: dict[str, str]
 ) -> dict[str, Any]:
     """The record of a point (schema: dyncore.measure.records) from the timing records of its variants."""
-    executed, dense = contest.flops(OURS), contest.flops(DENSE)
+    executed, dense = contest.flops(OURS), contest.flops(DENSE) if DENSE in variants else None
     medians = {name: variant["median_ms"] for name, variant in variants.items()}
     speedups = {name: median / medians[OURS] for name, median in medians.items() if name != OURS}
-    flop_speedup = dense / executed if executed else None
+    wall_clock_speedup = speedups.get(DENSE)
+    flop_speedup = dense / executed if dense is not None and executed else None
+    se = rsr = None
+    if dense is not None and wall_clock_speedup is not None:
+        se = scaling_efficiency(wall_clock_speedup, flop_speedup) if flop_speedup else None
+        rsr = realised_saving(medians[OURS], medians[DENSE], executed, dense)
     return {
         "mechanism": point.mechanism,
         "input": point.input,
@@ -203,9 +208,9 @@ def make_record(
         "flops": {"executed": executed, "dense": dense},
         "variants": variants,
         "flop_speedup": flop_speedup,
-        "wall_clock_speedup": speedups[DENSE],
-        "se": scaling_efficiency(speedups[DENSE], flop_speedup) if flop_speedup else None,
-        "rsr": realised_saving(medians[OURS], medians[DENSE], executed, dense),
+        "wall_clock_speedup": wall_clock_speedup,
+        "se": se,
+        "rsr": rsr,
         "against": speedups,
         "unavailable": unavailable,
     }

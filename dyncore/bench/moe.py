@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -56,13 +57,40 @@ def dense(x: Tensor, expert: Tensor, weight: Tensor, w_in: Tensor, w_out: Tensor
     return out
 
 
+def indexed(x: Tensor, expert: Tensor, weight: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+    """The loop as most code has it, by w_in[e]: its backward zero-fills the gradient of all experts for each one."""
+    out = torch.zeros_like(x)
+    for e in range(w_in.shape[0]):
+        row, choice = (expert == e).nonzero(as_tuple=True)
+        if row.numel():
+            out = out.index_add_(0, row, _swiglu(x.index_select(0, row), w_in[e], w_out[e]) * weight[row, choice, None])
+    return out
+
+
 def smaller(x: Tensor, expert: Tensor, weight: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
     """A dense MLP of the FLOPs that the experts of a row have together: the static rival, another function."""
     return _swiglu(x, w_in, w_out)
 
 
+def own_smaller(x: Tensor, expert: Tensor, weight: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+    """`smaller` by dyncore: every row, one group."""
+    plan = dc.select(torch.ones(x.shape[0], dtype=torch.bool))
+    return dc.grouped_mlp(x, w_in[None], w_out[None], plan=plan, activation="swiglu")
+
+
+SAME = {"dense": dense, "naive": naive, "grouped_mm": grouped_mm, "indexed": indexed}  # what dyncore computes
+EQUAL_FLOPS = {"equal_flops": smaller, "own_equal_flops": own_smaller}  # another function, of as many FLOPs
+RIVALS = ("dense", "naive", "grouped_mm", "equal_flops")
+
+
+@functools.lru_cache(maxsize=1)  # the largest take seconds to draw, and several points in a row have the same
 def make_weights(groups: int, width: int, hidden: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return _draw(groups, width, hidden, dtype)
+
+
+def _draw(groups: int, width: int, hidden: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(w_in [E, 2I, H], w_out [E, H, I]) that keep unit-scale inputs at unit scale."""
+    torch.manual_seed(0)
     w_in = torch.randn(groups, 2 * hidden, width).div_(width**0.5)
     return w_in.to(dtype), torch.randn(groups, width, hidden).div_((hidden / 2) ** 0.5).to(dtype)
 
@@ -76,23 +104,22 @@ def contest(
     *,
     backward: bool = False,
     cold: bool = True,
+    rivals: Sequence[str] = RIVALS,
 ) -> Contest:
-    torch.manual_seed(0)
     top_k = experts[0].shape[1]
-    weights = make_weights(groups, width, hidden, dtype)
-    small = tuple(t[0] for t in make_weights(1, width, top_k * hidden, dtype))
+    weights = tuple(t.detach() for t in make_weights(groups, width, hidden, dtype))  # the cached stay as they are
+    torch.manual_seed(0)
     inputs = []
     for expert in experts:
         x = torch.randn(expert.shape[0], width).to(dtype)
         inputs.append((x, expert, torch.randn(expert.shape).softmax(-1).to(dtype)))
-    variants = {
-        "dyncore": Variant(ours, naive, weights),
-        "dense": Variant(dense, naive, weights),
-        "naive": Variant(naive, naive, weights),
-        "grouped_mm": Variant(grouped_mm, naive, weights),
-    }
-    if not backward:  # its gradients are those of fewer tensors: no comparison
-        variants["equal_flops"] = Variant(smaller, smaller, small)
+    variants = {"dyncore": Variant(ours, naive, weights)}
+    variants |= {name: Variant(SAME[name], naive, weights) for name in rivals if name in SAME}
+    equal = [name for name in rivals if name in EQUAL_FLOPS and not backward]  # gradients of fewer tensors: another job
+    if equal:
+        small = _draw(1, width, top_k * hidden, dtype)
+        small = small[0][0], small[1][0]
+        variants |= {name: Variant(EQUAL_FLOPS[name], smaller, small) for name in equal}
     return Contest(variants, inputs, backward, cold)
 
 
@@ -114,16 +141,18 @@ def _point(
     *,
     backward: bool = False,
     cold: bool = True,
+    rivals: Sequence[str] = RIVALS,
 ) -> Point:
     rows, top_k = experts[0].shape
-    work = (3 if backward else 1) * (groups + 4 * top_k) * 6e-9 * rows * width * hidden
+    calls = (groups if "dense" in rivals else 0) + 4 * top_k  # of an expert on a row, in a round
+    work = (3 if backward else 1) * calls * 6e-9 * rows * width * hidden
     return Point(
         NAME,
         name,
         {"T": rows, "E": groups, "K": top_k, "H": width, "I": hidden},
         dtype,
         top_k / groups,
-        lambda: contest(experts, groups, width, hidden, dtype, backward=backward, cold=cold),
+        lambda: contest(experts, groups, width, hidden, dtype, backward=backward, cold=cold, rivals=rivals),
         backward,
         work,
     )
@@ -139,10 +168,12 @@ def synthetic(
     top_k: int = 2,
     skew: float = 0.0,
     backward: bool = False,
+    rivals: Sequence[str] = RIVALS,
 ) -> Point:
     """Experts chosen at random; a skew of 1 gives Zipf's law."""
     experts = random_experts(rows, groups, top_k, skew)
-    return _point("zipf" if skew else "random", experts, groups, width, hidden, dtype, backward=backward)
+    name = "zipf" if skew else "random"
+    return _point(name, experts, groups, width, hidden, dtype, backward=backward, rivals=rivals)
 
 
 def replayed(widths: tuple[int, int] | None, dtype: torch.dtype, *, backward: bool = False) -> Point:

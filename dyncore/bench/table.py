@@ -42,6 +42,10 @@ def _number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def _gflop(count: int | None) -> str:
+    return "-" if count is None else f"{count / 1e9:.3g}"
+
+
 def _ratio(record: dict[str, Any], value: float | None, rival: str) -> str:
     """A ratio of two times, marked where the samples of either spread widely."""
     spreads = [record["variants"][name]["spread"] for name in ("dyncore", rival) if name in record["variants"]]
@@ -66,10 +70,10 @@ def cells(record: dict[str, Any]) -> list[str]:
         _dtype(record),
         _phase(record),
         f"{record['keep_ratio']:.3g}",
-        f"{flops['executed'] / 1e9:.3g}",
-        f"{flops['dense'] / 1e9:.3g}",
+        _gflop(flops["executed"]),
+        _gflop(flops["dense"]),
         f"{milliseconds(variants['dyncore'])} ±{variants['dyncore']['spread']:.0%}",
-        milliseconds(variants["dense"]),
+        milliseconds(variants.get("dense")),
         milliseconds(variants.get("naive")),
         _number(record["flop_speedup"]),
         _ratio(record, record["wall_clock_speedup"], "dense"),

@@ -37,6 +37,11 @@ def dense(x: Tensor, mask: Tensor, *weights: Tensor) -> Tensor:
     return x + _mlp(x, *weights)
 
 
+def own(x: Tensor, mask: Tensor, *weights: Tensor) -> Tensor:
+    """dyncore with nothing skipped: what its own saving is measured against."""
+    return ours(x, torch.ones_like(mask), *weights)
+
+
 def make_weights(width: int, hidden: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """(w_in [I, H], b_in [I], w_out [H, I], b_out [H]) that keep unit-scale inputs at unit scale."""
     w_in = torch.randn(hidden, width) / width**0.5
@@ -45,7 +50,14 @@ def make_weights(width: int, hidden: int, dtype: torch.dtype) -> tuple[Tensor, .
 
 
 def contest(
-    masks: list[Tensor], width: int, hidden: int, dtype: torch.dtype, *, backward: bool = False, cold: bool = True
+    masks: list[Tensor],
+    width: int,
+    hidden: int,
+    dtype: torch.dtype,
+    *,
+    backward: bool = False,
+    cold: bool = True,
+    with_own: bool = False,
 ) -> Contest:
     torch.manual_seed(0)
     weights = make_weights(width, hidden, dtype)
@@ -55,6 +67,8 @@ def contest(
         "dense": Variant(dense, dense, weights),
         "naive": Variant(naive, naive, weights),
     }
+    if with_own:
+        variants["own"] = Variant(own, dense, weights)
     return Contest(variants, inputs, backward, cold)
 
 
@@ -70,7 +84,14 @@ def random_masks(rows: int, keep: float) -> list[Tensor]:
 
 
 def _point(
-    name: str, masks: list[Tensor], width: int, dtype: torch.dtype, *, backward: bool = False, cold: bool = True
+    name: str,
+    masks: list[Tensor],
+    width: int,
+    dtype: torch.dtype,
+    *,
+    backward: bool = False,
+    cold: bool = True,
+    with_own: bool = False,
 ) -> Point:
     rows, hidden = masks[0].shape[0], 4 * width
     keep = sum(int(mask.sum()) for mask in masks) / (len(masks) * rows)
@@ -81,15 +102,17 @@ def _point(
         {"T": rows, "H": width, "I": hidden},
         dtype,
         keep,
-        lambda: contest(masks, width, hidden, dtype, backward=backward, cold=cold),
+        lambda: contest(masks, width, hidden, dtype, backward=backward, cold=cold, with_own=with_own),
         backward,
         work,
     )
 
 
-def synthetic(rows: int, width: int, dtype: torch.dtype, keep: float, *, backward: bool = False) -> Point:
-    """Rows kept at random."""
-    return _point("random", random_masks(rows, keep), width, dtype, backward=backward)
+def synthetic(
+    rows: int, width: int, dtype: torch.dtype, keep: float, *, backward: bool = False, with_own: bool = False
+) -> Point:
+    """Rows kept at random. `with_own`: dyncore without skipping ("own") takes part."""
+    return _point("random", random_masks(rows, keep), width, dtype, backward=backward, with_own=with_own)
 
 
 def replayed(width: int | None, dtype: torch.dtype, *, backward: bool = False) -> Point:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,22 +13,41 @@ VALUES = {torch.float64: 1e-10, torch.float32: 5e-5, torch.float16: 5e-3, torch.
 GRADIENTS_RMS = {torch.float16: 4e-3, torch.bfloat16: 1e-2}
 
 
+_PIECE = 2**15  # elements: temporaries stay in a cache, and each step on one thread
+
+
+def _pieces(t: Tensor) -> tuple[Tensor, ...]:
+    """Weight gradients may take gigabytes: what is made of them in float64 is made piece by piece."""
+    return t.detach().reshape(-1).split(_PIECE)
+
+
 def errors(value: Tensor, reference: Tensor) -> tuple[float, float]:
     """(largest error over max(rms, |reference|), RMS error over the RMS of the reference); infinite for a lone NaN."""
     if value.shape != reference.shape:
         raise ValueError(f"value: expected shape {list(reference.shape)}, got {list(value.shape)}")
     if not value.numel():
         return 0.0, 0.0
-    value, reference = value.detach().double(), reference.detach().double()
-    finite = reference[reference.isfinite()]
-    rms = float(finite.square().mean().sqrt()) if finite.numel() else 0.0
-    same = (value == reference) | (value.isnan() & reference.isnan())
-    difference = torch.where(same, 0.0, (value - reference).abs())
-    relative = torch.where(same, 0.0, difference / reference.abs().clamp(min=rms))
-    largest = float(torch.nan_to_num(relative, nan=torch.inf).max())
+    total, count = 0.0, 0
+    for r in _pieces(reference):
+        finite = r.double()
+        if not finite.isfinite().all():
+            finite = finite[finite.isfinite()]
+        total, count = total + float(finite.square().sum()), count + finite.numel()
+    rms = math.sqrt(total / count) if count else 0.0
+    largest = squares = 0.0
+    for v, r in zip(_pieces(value), _pieces(reference), strict=True):
+        v, r = v.double(), r.double()
+        difference = (v - r).abs_()
+        relative = difference / r.abs().clamp_(min=rms)
+        if not (rms and difference.isfinite().all()):  # the same infinity, NaN or 0 is no difference
+            same = (v == r) | (v.isnan() & r.isnan())
+            difference = torch.where(same, 0.0, difference)
+            relative = torch.where(same, 0.0, torch.nan_to_num(relative, nan=torch.inf))
+        largest = max(largest, float(relative.max()))
+        squares += float(difference.square().sum())
     if largest == 0:
         return 0.0, 0.0
-    return largest, float(difference.square().mean().sqrt()) / rms if rms else float("inf")
+    return largest, math.sqrt(squares / value.numel()) / rms if rms else float("inf")
 
 
 def disagreement(

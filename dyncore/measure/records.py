@@ -4,8 +4,9 @@
      "interrupted": bool, "records": [...], "errors": [{"point": str, "variant": str, "message": str}]}
 
 A record: mechanism, input, shape {letter: size}, dtype, phase, keep_ratio, execution, flops {executed, dense},
-variants {name: {median_ms, spread, samples_ns}}, flop_speedup, wall_clock_speedup, se, rsr (all against "dense"),
-against {rival: wall-clock speed-up}, unavailable {rival: reason}. FLOPs are 2 per multiply-add.
+variants {name: {median_ms, spread, samples_ns}}, flop_speedup, wall_clock_speedup, se, rsr (all against "dense", null
+where that was not run), against {rival: wall-clock speed-up}, unavailable {rival: reason}. FLOPs are 2 per
+multiply-add. Where it matters: threads, bytes (that a call must read).
 `pandas.json_normalize(results["records"])` makes a table of it.
 """
 

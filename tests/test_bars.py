@@ -1,0 +1,160 @@
+"""The bars: means, worst points and verdicts on made-up records; every part's jobs; pieces of a run put together."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import bar_points, bars
+from benchmarks.bar_rules import BARS, geometric_mean, judge, point_name
+from dyncore.measure import read_results
+
+
+def made_up(mechanism="token-skipping", *, T=512, keep=0.25, dtype="float32", phase="forward", ours=1.0, **more):
+    """A record in which dyncore takes `ours` ms and each rival what `more` says."""
+    rivals = {name: ms for name, ms in more.items() if isinstance(ms, float)}
+    record = {
+        "mechanism": mechanism,
+        "input": more.get("input", "random"),
+        "shape": {"T": T, **more.get("shape", {})},
+        "dtype": dtype,
+        "phase": phase,
+        "keep_ratio": keep,
+        "threads": more.get("threads", 2),
+        "flops": {"executed": 2 * 10**9, "dense": None},
+        "flop_speedup": 1 / keep,
+        "se": rivals["dense"] / ours * keep if "dense" in rivals else None,
+        "variants": {name: {"median_ms": ms} for name, ms in {"dyncore": ours, **rivals}.items()},
+    }
+    return record | {key: more[key] for key in ("bytes",) if key in more}
+
+
+def verdict(start, records):
+    (bar,) = [bar for bar in BARS if bar.text.startswith(start)]
+    return judge(bar, records)
+
+
+def test_a_mean_bar_takes_the_geometric_mean_and_names_its_worst_point():
+    assert geometric_mean([0.5, 2.0, 8.0]) == pytest.approx(2.0)
+    records = [made_up(T=4096, dense=4.0 * se) for se in (0.5, 2.0)] + [made_up(T=64, dense=4.0 * 0.7)]
+    found = verdict("token skipping: SE against dense, geometric mean", records)
+    assert found.value == pytest.approx((0.5 * 2.0 * 0.7) ** (1 / 3))
+    assert not found.met
+    assert found.points == 3
+    assert found.worst == "token-skipping random T=4096 float32 keep=0.25 threads=2"
+    assert found.worst_value == pytest.approx(0.5)
+    assert verdict("token skipping: the same, T >= 512", records).value == pytest.approx(1.0)
+
+
+def test_a_bar_of_every_point_takes_the_worst_one():
+    records = [made_up(dense=8.0), made_up(T=64, dense=4.0 * 0.69)]
+    found = verdict("token skipping: SE against dense, no point below 0.7", records)
+    assert (found.value, found.met) == (pytest.approx(0.69), False)
+    assert verdict("token skipping: SE against dense, no point below 0.7", records[:1]).met
+
+
+def test_a_bar_nobody_measured_is_not_met():
+    found = judge(BARS[0], [])
+    assert (found.value, found.met, found.points) == (None, False, 0)
+    assert "1 bars are not measured yet" in bars.report([found])
+
+
+def test_own_se_counts_points_of_enough_live_rows():
+    start = "token skipping: SE against own keep=1"
+    few, many = made_up(T=64, keep=0.5, own=1.0), made_up(T=512, keep=0.5, own=1.9)
+    assert verdict(start, [few]).value is None
+    found = verdict(start, [few, many])
+    assert (found.value, found.met, found.points) == (pytest.approx(0.95), True, 1)
+
+
+def test_keep_all_is_judged_apart_from_skipping():
+    records = [made_up(keep=1, dense=1.2, naive=1.1), made_up(keep=0.5, dense=0.1, naive=1.0)]
+    found = verdict("token skipping: keep=1 over dense, no point", records)
+    assert (found.value, found.met, found.points) == (pytest.approx(1.2), True, 1)
+    assert verdict("token skipping: never slower than naive", records).points == 2
+
+
+def test_moe_is_judged_against_the_faster_rival_at_its_sizes():
+    shape = {"E": 64, "K": 2}
+    records = [
+        made_up("moe", T=64, shape=shape, naive=3.0, grouped_mm=2.4),
+        made_up("moe", T=8, shape=shape, naive=2.1, grouped_mm=2.5),
+        made_up("moe", T=512, shape={"E": 8}, naive=1.2, grouped_mm=1.16),
+        made_up("moe", T=512, shape=shape, dtype="bfloat16", naive=0.1, grouped_mm=0.1),
+        made_up("moe", T=512, shape=shape, phase="forward+backward", grouped_mm=0.1, indexed=6.0),
+    ]
+    assert verdict("MoE fp32 E=64 T=64, 512", records).value == pytest.approx(2.4)
+    assert verdict("MoE fp32 E=64 T=8", records).met
+    assert verdict("MoE fp32: >= 1.15x everywhere", records).met
+    assert verdict("MoE fp32: geometric mean", records).points == 3
+    assert verdict("MoE bf16: geometric mean", records).value == pytest.approx(0.1)
+    assert verdict("MoE fp32 forward+backward: geometric mean", records).value == pytest.approx(0.1)
+    assert verdict("MoE fp32 forward+backward, E=64", records).value == pytest.approx(6.0)
+
+
+def test_bandwidth_is_held_against_the_fastest_read():
+    record = made_up("stream", T=1, bytes=10**6, read_sum=0.9, read_max=0.7)
+    assert verdict("T <= 4", [record]).value == pytest.approx(0.7)
+
+
+def test_products_are_judged_per_core_and_calls_in_microseconds():
+    one, two = made_up("product", threads=1, ours=20.0), made_up("product", threads=2, ours=9.0)
+    found = verdict("large products fp32", [one, two])
+    assert (found.value, found.met) == (pytest.approx(100.0), True)
+    calls = [made_up("overhead", input="select", ours=0.007), made_up("overhead", input="select", T=9, ours=0.009)]
+    found = verdict("call of select", calls)
+    assert (found.value, found.met) == (pytest.approx(9.0), False)
+    assert found.worst.startswith("overhead select T=9")
+
+
+def test_every_job_falls_under_a_bar_and_has_a_name_of_its_own():
+    jobs = {part: list(make()) for part, make in bar_points.PARTS.items()}
+    assert {part: len(found) for part, found in jobs.items()} == {
+        "token": 60, "moe": 46, "backward": 33, "stream": 12, "product": 6 * len({1, torch.get_num_threads()}), "overhead": 3,
+    }  # fmt: skip
+    names = [(str(job.point), job.threads) for found in jobs.values() for job in found]
+    assert len(set(names)) == len(names)
+    for job in (job for found in jobs.values() for job in found):
+        point = job.point
+        phase = "forward+backward" if point.backward else "forward"
+        dtype = str(point.dtype).removeprefix("torch.")
+        record = made_up(
+            point.mechanism, input=point.input, dtype=dtype, phase=phase, keep=point.keep_ratio, shape=point.shape,
+            T=point.shape["T"],
+        )  # fmt: skip
+        assert any(bar.over(record) for bar in BARS), point
+
+
+def test_a_run_writes_records_of_one_call_and_verdicts_and_keeps_other_points(tmp_path, capsys):
+    path = tmp_path / "bars.json"
+    arguments = ["--part", "overhead", "--seconds", "0.01", "--out", str(path)]
+    assert bars.main([*arguments, "--only", "select"]) == 0
+    (record,) = read_results(path)["records"]
+    assert record["variants"]["dyncore"]["median_ms"] < 1  # of one call, not of fifty
+    assert record["variants"]["dyncore"]["samples_ns"][0] < 1e6
+    assert bars.main([*arguments, "--only", "grouped_mlp"]) == 0
+    assert bars.main([*arguments, "--only", "grouped_mlp"]) == 0
+    results = read_results(path)
+    assert [r["input"] for r in results["records"]] == ["select", "grouped_mlp"]
+    assert {v["text"]: v["points"] for v in results["bars"]}["call of select, tiny: <= 8 us"] == 1
+    assert "call of grouped_mlp, tiny: <= 15 us" in capsys.readouterr().out
+    document = json.loads(path.read_text())
+    document["environment"]["cpu"] = "another"
+    path.write_text(json.dumps(document))
+    assert bars.main([*arguments, "--only", "select"]) == 0
+    assert [r["input"] for r in read_results(path)["records"]] == ["select"]
+
+
+def test_streams_and_products_give_right_numbers_and_are_counted():
+    jobs = [job for job in bar_points.stream() if job.point.dtype == torch.bfloat16 and job.point.shape["E"] == 8]
+    record, errors = bars.run(jobs[0], 0.0)
+    assert not errors
+    assert record["bytes"] == 2 * 3 * 1024 * 2048 * 2  # two experts, three matrices
+    assert set(record["variants"]) == {"dyncore", "read_sum", "read_max"}
+    assert "of a plain read" in bars.one_line(record)
+
+
+def test_bars_are_as_they_are_written():
+    for bar in BARS:
+        assert f">= {bar.bound:g}" in bar.text or f"<= {bar.bound:g}" in bar.text or f"below {bar.bound:g}" in bar.text
+    assert point_name(made_up()) == "token-skipping random T=512 float32 keep=0.25 threads=2"
