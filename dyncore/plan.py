@@ -17,7 +17,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from dyncore.backends import cpu
 
+_plan_inverse = torch.ops.dyncore.plan_inverse.default
+_plan_mask = torch.ops.dyncore.plan_mask.default
+_plan_route = torch.ops.dyncore.plan_route.default
+_plan_topk = torch.ops.dyncore.plan_topk.default
+
 _MAX_INDEX = 2**31 - 1
+_wrapped_by_functorch = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,7 +74,7 @@ class Plan:
             raise ValueError(f"num_rows: expected 0..{_MAX_INDEX}, got {num_rows}")
         _expect_scale("scale", scale, rows.shape, rows.device)
         rows, offsets = rows.int().contiguous(), offsets.int().contiguous()
-        row_offsets, row_slots = torch.ops.dyncore.plan_inverse(rows, offsets, num_rows)
+        row_offsets, row_slots = _plan_inverse(rows, offsets, num_rows)
         if _is_eager_cpu(rows):
             rises = torch.ones(rows.shape[0] + 1, dtype=torch.bool)  # slot a does not lie below slot a - 1
             rises[1:-1] = rows[1:] >= rows[:-1]
@@ -137,9 +143,9 @@ pytree.register_pytree_node(
 
 def _is_eager_cpu(t: Tensor) -> bool:
     """Whether `t` holds data that can be counted cheaply, so that a shape may depend on it."""
-    if t.device.type != "cpu" or torch.compiler.is_compiling():
+    if not t.is_cpu or torch.compiler.is_compiling() or (type(t) is not Tensor and isinstance(t, FakeTensor)):
         return False
-    return not isinstance(t, FakeTensor) and not torch._C._functorch.is_functorch_wrapped_tensor(t)  # pyright: ignore
+    return not _wrapped_by_functorch(t)
 
 
 def _expect_int(name: str, value: object) -> None:
@@ -202,10 +208,11 @@ def select(mask: Tensor, scale: Tensor | None = None) -> Plan:
     _expect_scale("scale", scale, mask.shape, mask.device)
     _expect_rows("mask", mask.numel())
     eager = _is_eager_cpu(mask)
-    flat = mask.reshape(-1, 1)
-    capacity = cpu.count_mask(flat) if eager else flat.shape[0]
-    rows, offsets, row_offsets, row_slots = torch.ops.dyncore.plan_mask(flat, capacity)
-    return Plan(rows, offsets, _at_slots(scale, rows), flat.shape[0], row_offsets, row_slots, eager)
+    flat = mask if mask.dim() == 1 else mask.reshape(-1)
+    num_rows = flat.shape[0]
+    capacity = cpu.count_mask(flat) if eager else num_rows
+    rows, offsets, row_offsets, row_slots = _plan_mask(flat, capacity)
+    return Plan(rows, offsets, _at_slots(scale, rows), num_rows, row_offsets, row_slots, eager)
 
 
 def select_topk(scores: Tensor, k: int, scale: Tensor | None = None) -> Plan:
@@ -227,7 +234,7 @@ def select_topk(scores: Tensor, k: int, scale: Tensor | None = None) -> Plan:
         raise ValueError(f"k: expected 0..{seq} (the sequence length), got {k}")
     _expect_scale("scale", scale, scores.shape, scores.device)
     _expect_rows("scores", scores.numel())
-    rows, offsets, row_offsets, row_slots = torch.ops.dyncore.plan_topk(scores.detach(), k)
+    rows, offsets, row_offsets, row_slots = _plan_topk(scores.detach(), k)
     return Plan(rows, offsets, _at_slots(scale, rows), batch * seq, row_offsets, row_slots, True)
 
 
@@ -254,7 +261,7 @@ def route(expert: Tensor, weight: Tensor | None = None, *, num_groups: int) -> P
         expert = expert.int()
     eager = _is_eager_cpu(expert)
     capacity = cpu.count_route(expert, num_groups) if eager else expert.numel()
-    rows, offsets, row_offsets, row_slots, sources = torch.ops.dyncore.plan_route(expert, num_groups, capacity)
+    rows, offsets, row_offsets, row_slots, sources = _plan_route(expert, num_groups, capacity)
     return Plan(rows, offsets, _at_slots(weight, sources), expert.shape[0], row_offsets, row_slots, eager)
 
 
@@ -285,7 +292,7 @@ def route_mask(mask: Tensor, weight: Tensor | None = None, *, max_slots: int | N
     if eager and capacity > bound:
         raise ValueError(f"max_slots: the mask has {capacity} slots, more than max_slots={max_slots}")
     _expect_rows("mask", max(capacity, num_rows))
-    rows, offsets, row_offsets, row_slots = torch.ops.dyncore.plan_mask(mask, capacity)
+    rows, offsets, row_offsets, row_slots = _plan_mask(mask, capacity)
     plan = Plan(rows, offsets, None, num_rows, row_offsets, row_slots, eager)
     if weight is None:
         return plan

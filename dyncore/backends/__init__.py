@@ -13,6 +13,7 @@ from dyncore.backends import cpu, meta, reference, triton
 _PLAN = "Tensor rows, Tensor offsets, Tensor? scale, Tensor row_offsets, Tensor row_slots"
 
 SCHEMAS = {
+    # mask [T, G], or [T]: one group
     "plan_mask": "(Tensor mask, SymInt capacity) -> (Tensor, Tensor, Tensor, Tensor)",
     "plan_route": "(Tensor expert, int num_groups, SymInt capacity) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "plan_topk": "(Tensor scores, SymInt k) -> (Tensor, Tensor, Tensor, Tensor)",

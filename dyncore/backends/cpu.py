@@ -115,7 +115,7 @@ def plan_inverse(rows: Tensor, offsets: Tensor, num_rows: int) -> tuple[Tensor, 
 def plan_mask(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not available:
         return reference.plan_mask(mask, capacity)
-    plan = _new_plan(mask, mask.shape[0], mask.shape[1], capacity)
+    plan = _new_plan(mask, mask.shape[0], mask.shape[1] if mask.dim() == 2 else 1, capacity)
     _native.plan_mask(mask, *plan)
     return plan
 

@@ -18,7 +18,7 @@ def plan_inverse(rows: Tensor, offsets: Tensor, num_rows: int):
 
 
 def plan_mask(mask: Tensor, capacity: int):
-    return _plan(mask, mask.shape[0], mask.shape[1], capacity)
+    return _plan(mask, mask.shape[0], mask.shape[1] if mask.dim() == 2 else 1, capacity)
 
 
 def plan_route(expert: Tensor, num_groups: int, capacity: int):

@@ -65,7 +65,7 @@ def plan_inverse(rows: Tensor, offsets: Tensor, num_rows: int) -> tuple[Tensor, 
 
 
 def plan_mask(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    num_rows, num_groups = mask.shape
+    num_rows, num_groups = mask.shape if mask.dim() == 2 else (mask.shape[0], 1)
     by_group = mask.t().reshape(-1)
     if _check_on(mask.device) and int(by_group.sum()) > capacity:
         raise ValueError(f"max_slots: the mask has {int(by_group.sum())} slots, more than the capacity of {capacity}")

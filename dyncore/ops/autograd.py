@@ -15,7 +15,11 @@ def wants_grad(*tensors: Tensor | None) -> bool:
     """Whether a call is to be differentiated: backward, or forward (which an autograd function refuses in words)."""
     if forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 class _Refuse(torch.autograd.Function):

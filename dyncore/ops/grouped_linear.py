@@ -106,10 +106,10 @@ def grouped_linear(
     x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
     x = expect_rows("x", x, plan) if gather else expect_slots("x", x, plan)
     expect_tensor("weight", weight, like=x)
-    expect_shape("weight", weight, G=plan.num_groups, N=None, K=x.shape[1])
+    expect_shape("weight", weight, "G N K", (plan.num_groups, None, x.shape[1]))
     if bias is not None:
         expect_tensor("bias", bias, like=x)
-        expect_shape("bias", bias, G=plan.num_groups, N=weight.shape[1])
+        expect_shape("bias", bias, "G N", (plan.num_groups, weight.shape[1]))
     if activation is not None:
         expect_activation(activation, gated=False)
     name = activation or "none"
@@ -121,4 +121,4 @@ def grouped_linear(
     else:
         tensors = (plan.rows, plan.offsets, plan.scale, plan.row_offsets, plan.row_slots)
         out = _forward(x, weight, bias, *tensors, name, gather, scatter, False)[0]
-    return out.view(*leading, out.shape[1]) if gather and scatter else out
+    return out.view(*leading, out.shape[1]) if gather and scatter and len(leading) > 1 else out

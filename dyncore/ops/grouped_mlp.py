@@ -128,24 +128,25 @@ def grouped_mlp(
     x = expect_rows("x", x, plan)
     groups, width = plan.num_groups, x.shape[1]
     expect_tensor("w_out", w_out, like=x)
-    expect_shape("w_out", w_out, G=groups, H=width, I=None)
-    inner = w_out.shape[2] * (2 if activation in activations.GATED else 1)
+    expect_shape("w_out", w_out, "G H I", (groups, width, None))
+    gated = activation in activations.GATED
+    inner = w_out.shape[2] * 2 if gated else w_out.shape[2]
     expect_tensor("w_in", w_in, like=x)
-    expect_shape("w_in", w_in, G=groups, **{"2I" if activation in activations.GATED else "I": inner}, H=width)
+    expect_shape("w_in", w_in, "G 2I H" if gated else "G I H", (groups, inner, width))
     if b_in is not None:
-        expect_shape("b_in", expect_tensor("b_in", b_in, like=x), G=groups, I=inner)
+        expect_shape("b_in", expect_tensor("b_in", b_in, like=x), "G I", (groups, inner))
     if b_out is not None:
-        expect_shape("b_out", expect_tensor("b_out", b_out, like=x), G=groups, H=width)
+        expect_shape("b_out", expect_tensor("b_out", b_out, like=x), "G H", (groups, width))
     if residual is not None:
         residual = expect_rows("residual", expect_tensor("residual", residual, like=x), plan)
         if residual is x and torch.compiler.is_compiling():  # Dynamo refuses one tensor as two inputs of a Function
             residual = residual.view_as(residual)
     if compute_masked(plan):
-        return _masked(x, w_in, w_out, b_in, b_out, residual, plan, activation).view(shape)
-    plan_tensors = (plan.rows, plan.offsets, plan.row_offsets, plan.row_slots)
-    if wants_grad(x, w_in, w_out, b_in, b_out, residual, plan.scale):
-        return _GroupedMLP.apply(x, w_in, w_out, b_in, b_out, plan.scale, residual, *plan_tensors, activation).view(
-            shape
-        )
-    tensors = (plan.rows, plan.offsets, plan.scale, plan.row_offsets, plan.row_slots)
-    return _forward(x, w_in, w_out, b_in, b_out, residual, *tensors, activation, False)[0].view(shape)
+        out = _masked(x, w_in, w_out, b_in, b_out, residual, plan, activation)
+    elif wants_grad(x, w_in, w_out, b_in, b_out, residual, plan.scale):
+        tensors = (plan.rows, plan.offsets, plan.row_offsets, plan.row_slots)
+        out = _GroupedMLP.apply(x, w_in, w_out, b_in, b_out, plan.scale, residual, *tensors, activation)
+    else:
+        tensors = (plan.rows, plan.offsets, plan.scale, plan.row_offsets, plan.row_slots)
+        out = _forward(x, w_in, w_out, b_in, b_out, residual, *tensors, activation, False)[0]
+    return out if len(shape) == 2 else out.view(shape)

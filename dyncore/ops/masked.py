@@ -16,8 +16,9 @@ from dyncore.plan import Plan
 
 def compute_masked(plan: Plan) -> bool:
     """Whether a grouped product on `plan` computes everything, in the execution mode in force."""
-    slots = plan.num_slots if plan.exact else None
-    return use_masked(plan.rows.device.type, slots, plan.num_rows * plan.num_groups)
+    rows = plan.rows
+    device = "cpu" if rows.is_cpu else rows.device.type  # the latter takes 0.3 us
+    return use_masked(device, rows.shape[0] if plan.exact else None, plan.num_rows * plan.num_groups)
 
 
 def selection(plan: Plan, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

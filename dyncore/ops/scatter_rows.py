@@ -47,15 +47,15 @@ def scatter_rows(y: Tensor, plan: Plan, base: Tensor | None = None) -> Tensor:
     """
     expect_plan(plan)
     y = expect_slots("y", expect_tensor("y", y), plan)
-    shape = torch.Size((plan.num_rows, y.shape[1]))
+    shape = None
     if base is not None:
         shape = expect_tensor("base", base, like=y).shape
         base = expect_rows("base", base, plan)
-        expect_shape("base", base, T=plan.num_rows, D=y.shape[1])
+        expect_shape("base", base, "T D", (plan.num_rows, y.shape[1]))
         if base is y and torch.compiler.is_compiling():  # Dynamo refuses one tensor as two inputs of a Function
             base = base.view_as(base)
     if wants_grad(y, base, plan.scale):
         out = _ScatterRows.apply(y, base, plan.scale, plan.rows, plan.offsets, plan.row_offsets, plan.row_slots)
     else:
         out = _scatter(y, base, plan.rows, plan.offsets, plan.scale, plan.row_offsets, plan.row_slots)
-    return out.view(shape)
+    return out if shape is None or len(shape) == 2 else out.view(shape)
