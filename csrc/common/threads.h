@@ -1,5 +1,6 @@
 // Threads: one OpenMP region per op, with barriers between its stages. The only file that knows OpenMP.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 
 namespace dyncore {
@@ -21,6 +22,49 @@ int useful_threads(int requested, double flops, double bytes);
 struct Counter {
   int64_t value = 0;
   int64_t next() { return __atomic_fetch_add(&value, 1, __ATOMIC_RELAXED); }
+};
+
+// Hands out 0 ... count-1 so that a thread first takes a range of its own in ascending order, which makes its reads of
+// memory one stream that can be fetched ahead, and then helps the others with theirs.
+class Items {
+ public:
+  static Items plan(int ranges) {
+    Items items;
+    items.count_ = ranges;
+    return items;
+  }
+  size_t bytes() const { return count_ * sizeof(Range); }
+  void place(void* at) { ranges_ = static_cast<Range*>(at); }
+
+  // Shares `items` items out, while nobody takes any: each thread of the team sets its part of the ranges, or one all.
+  void share(int64_t items, const Team& team = {0, 1}) {
+    for (int i = team.index; i < count_; i += team.size)
+      ranges_[i] = {items * i / count_, items * (i + 1) / count_, {}};
+  }
+
+  struct Item {
+    int64_t index;
+    bool continues;  // the item after it is expected to be this thread's too
+    explicit operator bool() const { return index >= 0; }
+  };
+
+  // An item that nobody had yet; false when there is none.
+  Item take(const Team& team) {
+    for (int i = 0; i < count_; ++i) {
+      Range& range = ranges_[(team.index + i) % count_];
+      const int64_t index = __atomic_fetch_add(&range.next, 1, __ATOMIC_RELAXED);
+      if (index < range.end) return {index, i == 0 && index + 1 < range.end};
+    }
+    return {-1, false};
+  }
+
+ private:
+  struct Range {
+    int64_t next, end;
+    char apart[48];  // a cache line each
+  };
+  int count_ = 0;
+  Range* ranges_ = nullptr;
 };
 
 }  // namespace dyncore

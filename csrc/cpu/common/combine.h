@@ -34,6 +34,30 @@ inline void combine_panel(const Plan& plan, const float* slots, const float* sca
   }
 }
 
+inline bool several_slots_in_a_row(const Plan& plan) {
+  bool several = false;
+  for (int64_t t = 0; t < plan.num_rows; ++t) several |= plan.row_offsets[t + 1] - plan.row_offsets[t] > 1;
+  return several;
+}
+
+// The same for all `width` columns of each thread's share of the rows; rows of `slots` are `slots_stride` apart and end
+// in a whole panel.
+template <class T>
+inline void combine_slots(const Plan& plan, const float* slots, int64_t slots_stride, const float* scale,
+                          const Matrix& base, T* out, int64_t stride, int64_t width, const Team& team) {
+  const T* base_at = static_cast<const T*>(base.data);
+  const int64_t end = plan.num_rows * (team.index + 1) / team.size;
+  for (int64_t t = plan.num_rows * team.index / team.size; t < end; ++t) {
+    if (plan.row_offsets[t] == plan.row_offsets[t + 1]) continue;
+    for (int64_t n0 = 0; n0 < width; n0 += NC) {
+      const int n = panel_width(width, n0);
+      Row total = combine_row(plan, t, slots + n0, slots_stride, scale, NC);
+      if (base_at) total = load_row(base_at + t * base.stride + n0, n) + total;
+      store_row(out + t * stride + n0, total, n);
+    }
+  }
+}
+
 // Rows without a slot are exactly their base, or 0, whatever it holds. Each thread fills its share of the rows.
 template <class T>
 inline void fill_empty_rows(const Plan& plan, const Matrix& base, T* out, int64_t stride, int64_t width,

@@ -27,11 +27,26 @@ DYNCORE_INLINE void store_tile(float* c, vf (&acc)[R][2], bool accumulate) {
   }
 }
 
+// Weights that will be packed next: some rows of them, fetched into the L2 cache while a tile is made, a line of each
+// row with every 16 steps of k.
+struct Fetch {
+  uintptr_t at;    // an address: it may lie past the weights' end
+  int64_t stride;  // bytes
+  int rows;
+  int step;  // bytes with every 16 steps of k
+
+  DYNCORE_INLINE void operator()(int64_t k) const {
+    for (int i = 0; i < rows; ++i)
+      __builtin_prefetch(reinterpret_cast<const char*>(at + i * stride + k / 16 * step), 0, 2);
+  }
+  void advance(int64_t k) { at += k / 16 * step; }
+};
+
 // c[r][0:32] (+)= sum_k rows[r][k] * b[k][0:32]; b's rows are ldb apart. What c held is added last, so that the sum
 // over k does not lengthen the chain of roundings that made it.
 template <int R>
 inline __attribute__((noinline)) void tile(const float* const* rows, const float* b, int64_t ldb, int64_t depth,
-                                           float* c, bool accumulate) {
+                                           float* c, bool accumulate, const Fetch& fetch) {
   for (int j0 = 0; j0 < NC; j0 += 2 * VL) {
     vf acc[R][2];
 #pragma GCC unroll 12
@@ -40,13 +55,17 @@ inline __attribute__((noinline)) void tile(const float* const* rows, const float
       acc[r][1] = vf{};
     }
     const float* bk = b + j0;
-    for (int64_t k = 0; k < depth; ++k, bk += ldb) {
-      const vf b0 = load(bk), b1 = load(bk + VL);
+    for (int64_t k0 = 0; k0 < depth; k0 += 16) {
+      if (j0 == 0) fetch(k0);
+      const int64_t end = k0 + 16 < depth ? k0 + 16 : depth;
+      for (int64_t k = k0; k < end; ++k, bk += ldb) {
+        const vf b0 = load(bk), b1 = load(bk + VL);
 #pragma GCC unroll 12
-      for (int r = 0; r < R; ++r) {
-        const vf a = splat(rows[r][k]);
-        acc[r][0] += a * b0;
-        acc[r][1] += a * b1;
+        for (int r = 0; r < R; ++r) {
+          const vf a = splat(rows[r][k]);
+          acc[r][0] += a * b0;
+          acc[r][1] += a * b1;
+        }
       }
     }
     store_tile<R>(c + j0, acc, accumulate);
@@ -57,7 +76,7 @@ inline __attribute__((noinline)) void tile(const float* const* rows, const float
 // The same from pairs of bfloat16: b is [ceil(depth/2)][32] words.
 template <int R>
 inline __attribute__((noinline)) void tile_pairs(const bf16* const* rows, const float* b, int64_t depth, float* c,
-                                                 bool accumulate) {
+                                                 bool accumulate, const Fetch& fetch) {
   vf acc[R][2];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
@@ -65,15 +84,19 @@ inline __attribute__((noinline)) void tile_pairs(const bf16* const* rows, const 
     acc[r][1] = vf{};
   }
   const int64_t words = depth / 2;
-  for (int64_t k = 0; k < words; ++k) {
-    const __m512bh b0 = (__m512bh)load(b + k * NC), b1 = (__m512bh)load(b + k * NC + VL);
+  for (int64_t k0 = 0; k0 < words; k0 += 16) {
+    fetch(k0);
+    const int64_t end = k0 + 16 < words ? k0 + 16 : words;
+    for (int64_t k = k0; k < end; ++k) {
+      const __m512bh b0 = (__m512bh)load(b + k * NC), b1 = (__m512bh)load(b + k * NC + VL);
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      int32_t word;
-      std::memcpy(&word, rows[r] + 2 * k, 4);
-      const __m512bh a = (__m512bh)_mm512_set1_epi32(word);
-      acc[r][0] = (vf)_mm512_dpbf16_ps((__m512)acc[r][0], a, b0);
-      acc[r][1] = (vf)_mm512_dpbf16_ps((__m512)acc[r][1], a, b1);
+      for (int r = 0; r < R; ++r) {
+        int32_t word;
+        std::memcpy(&word, rows[r] + 2 * k, 4);
+        const __m512bh a = (__m512bh)_mm512_set1_epi32(word);
+        acc[r][0] = (vf)_mm512_dpbf16_ps((__m512)acc[r][0], a, b0);
+        acc[r][1] = (vf)_mm512_dpbf16_ps((__m512)acc[r][1], a, b1);
+      }
     }
   }
   if (depth % 2) {
@@ -115,11 +138,11 @@ constexpr int DR = 2, DC = 4;
 // Weights that the dot form will need next: fetched into the L2 cache while it works on the present ones.
 template <class T>
 struct Ahead {
-  const T* at[DC];
+  uintptr_t at[DC];  // addresses: they may lie past the weights' end
   int count;
 
   DYNCORE_INLINE void fetch(int64_t k) const {
-    for (int i = 0; i < count; ++i) __builtin_prefetch(at[i] + k, 0, 2);
+    for (int i = 0; i < count; ++i) __builtin_prefetch(reinterpret_cast<const char*>(at[i] + k * sizeof(T)), 0, 2);
   }
 };
 

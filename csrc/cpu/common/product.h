@@ -14,8 +14,11 @@ constexpr int64_t kDotRows = kIsFloat<T> ? 48
                                          : 12;
 // The rows are read again for every 4 columns, so they must stay in the L2 cache.
 constexpr int64_t kDotBytes = 512 << 10;
-// Depth of a packed panel: 256 KB of float, a quarter of a common L2 cache.
-constexpr int64_t KC = 2048;
+// How far ahead of their use weights are fetched into the L2 cache: further than memory's latency, and past the page at
+// whose end the processor's own prefetching stops.
+constexpr int64_t kAheadBytes = 16 << 10;
+// Depth of a packed panel: 128 KB of float, an eighth of a common L2 cache, which holds the next weights too.
+constexpr int64_t KC = 1024;
 // A sum over k is made in chains of this many terms, which add up to panels, which add up to the whole: in one chain
 // the roundings of 65536 equal terms come to 6e-4. Costs 1% of the time of a product.
 constexpr int64_t kChainDepth = 512;
@@ -64,21 +67,21 @@ inline size_t rows_bytes(int64_t depth) {
 
 template <int R>
 DYNCORE_INLINE void tile_dispatch(int rows, const float* const* a, const float* b, int64_t ldb, int64_t depth, float* c,
-                                  bool accumulate) {
+                                  bool accumulate, const Fetch& fetch) {
   if constexpr (R > 1) {
-    if (rows < R) return tile_dispatch<R - 1>(rows, a, b, ldb, depth, c, accumulate);
+    if (rows < R) return tile_dispatch<R - 1>(rows, a, b, ldb, depth, c, accumulate, fetch);
   }
-  tile<R>(a, b, ldb, depth, c, accumulate);
+  tile<R>(a, b, ldb, depth, c, accumulate, fetch);
 }
 
 #if defined(__AVX512BF16__)
 template <int R>
 DYNCORE_INLINE void tile_pairs_dispatch(int rows, const bf16* const* a, const float* b, int64_t depth, float* c,
-                                        bool accumulate) {
+                                        bool accumulate, const Fetch& fetch) {
   if constexpr (R > 1) {
-    if (rows < R) return tile_pairs_dispatch<R - 1>(rows, a, b, depth, c, accumulate);
+    if (rows < R) return tile_pairs_dispatch<R - 1>(rows, a, b, depth, c, accumulate, fetch);
   }
-  tile_pairs<R>(a, b, depth, c, accumulate);
+  tile_pairs<R>(a, b, depth, c, accumulate, fetch);
 }
 #endif
 
@@ -105,14 +108,15 @@ inline const float* widen_row(float* to, const T* row, int64_t depth) {
 
 // sums[r][0:32] = sum_k rows[r][k] * b[k][0:32] for at most MR rows; moves the pointers to the rows.
 template <class T>
-inline void multiply_chains(int rows, const T** at, const float* b, int64_t ldb, int64_t depth, float* sums) {
-  for (int64_t k = 0; k < depth; k += kChainDepth) {
+inline void multiply_chains(int rows, const T** at, const float* b, int64_t ldb, int64_t depth, float* sums,
+                            Fetch fetch) {
+  for (int64_t k = 0; k < depth; k += kChainDepth, fetch.advance(kPairs<T> ? kChainDepth / 2 : kChainDepth)) {
     const int64_t chain = depth - k < kChainDepth ? depth - k : kChainDepth;
     if constexpr (kIsFloat<T>) {
-      tile_dispatch<MR>(rows, at, b + k * ldb, ldb, chain, sums, k > 0);
+      tile_dispatch<MR>(rows, at, b + k * ldb, ldb, chain, sums, k > 0, fetch);
     } else {
 #if defined(__AVX512BF16__)
-      tile_pairs_dispatch<MR>(rows, at, b + k / 2 * NC, chain, sums, k > 0);
+      tile_pairs_dispatch<MR>(rows, at, b + k / 2 * NC, chain, sums, k > 0, fetch);
 #endif
     }
     if (k + chain < depth)
@@ -120,10 +124,25 @@ inline void multiply_chains(int rows, const T** at, const float* b, int64_t ldb,
   }
 }
 
+// The weights that will be packed after a panel: 32 rows along k.
+template <class T>
+struct NextPanel {
+  const T* data;  // null: unknown
+  int64_t stride;
+
+  // What tile t of `tiles` fetches of them.
+  Fetch share(int64_t t, int64_t tiles, int step) const {
+    if (!data) return {};
+    const int64_t first = NC * t / tiles, row_bytes = stride * static_cast<int64_t>(sizeof(T));
+    return {reinterpret_cast<uintptr_t>(data) + first * row_bytes, row_bytes,
+            static_cast<int>(NC * (t + 1) / tiles - first), step};
+  }
+};
+
 // One packed panel of `depth` (or, for float, rows of b read in place, ldb apart) against all m rows.
 template <class T>
 inline void multiply_panel(float* c, Left<T> a, int64_t m, int64_t k0, int64_t depth, const float* b, int64_t ldb,
-                           float* widened, bool accumulate) {
+                           float* widened, bool accumulate, const NextPanel<T>& next) {
   const int64_t tiles = (m + MR - 1) / MR;
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t r0 = m * t / tiles;
@@ -133,12 +152,13 @@ inline void multiply_panel(float* c, Left<T> a, int64_t m, int64_t k0, int64_t d
     float* out = c + r0 * NC;
     float panel_sums[MR * NC];
     float* sums = accumulate ? panel_sums : out;
+    const Fetch fetch = next.share(t, tiles, kPairs<T> ? 64 : 16 * sizeof(T));
     if constexpr (kWidenRows<T>) {
       const float* wide[MR];
       for (int r = 0; r < rows; ++r) wide[r] = widen_row(widened + r * depth, at[r], depth);
-      multiply_chains(rows, wide, b, ldb, depth, sums);
+      multiply_chains(rows, wide, b, ldb, depth, sums, fetch);
     } else {
-      multiply_chains(rows, at, b, ldb, depth, sums);
+      multiply_chains(rows, at, b, ldb, depth, sums, fetch);
     }
     if (accumulate)
       for (int j = 0; j < rows * NC; j += VL) store(out + j, load(out + j) + load(sums + j));
@@ -153,7 +173,7 @@ inline void dot_chains(const T** a, const T* const* columns, int64_t depth, floa
     const T* b[C];
     for (int r = 0; r < R; ++r) a[r] += kDotDepth;
     for (int j = 0; j < C; ++j) b[j] = columns[j] + k;
-    for (int j = 0; j < ahead.count; ++j) ahead.at[j] += kDotDepth;
+    for (int j = 0; j < ahead.count; ++j) ahead.at[j] += kDotDepth * sizeof(T);
     float sums[R * NC];
     dot_tile<R, C>(a, b, depth - k < kDotDepth ? depth - k : kDotDepth, sums, ahead);
     for (int r = 0; r < R; ++r)
@@ -161,9 +181,10 @@ inline void dot_chains(const T** a, const T* const* columns, int64_t depth, floa
   }
 }
 
-// All m rows against C columns. The next columns' weights are fetched in equal parts while each tile of rows is made.
+// All m rows against C columns. The weights of `next` columns are fetched in equal parts while each tile of rows is
+// made.
 template <int C, class T>
-inline void dot_columns(float* c, Left<T> a, int64_t m, int64_t depth, const T* const* columns, const T* const* next,
+inline void dot_columns(float* c, Left<T> a, int64_t m, int64_t depth, const T* const* columns, const uintptr_t* next,
                         int next_count) {
   const int64_t tiles = (m + DR - 1) / DR;
   for (int64_t t = 0; t < tiles; ++t) {
@@ -191,42 +212,64 @@ inline void dot_columns(float* c, Left<T> a, int64_t m, int64_t depth, const T* 
 }
 
 template <class T>
-inline void dot_product(float* c, Left<T> a, int64_t m, int64_t depth, Right<T> b, int n) {
+inline void dot_product(float* c, Left<T> a, int64_t m, int64_t depth, Right<T> b, int n, bool continues) {
   for (int64_t r = 0; n < NC && r < m; ++r)
     for (int j = n; j < NC; ++j) c[r * NC + j] = 0.0f;
+  const int64_t ahead = (kAheadBytes / (DC * depth * static_cast<int64_t>(sizeof(T))) + 1) * DC;
   for (int j = 0; j < n; j += DC) {
-    const T* columns[2 * DC];
-    const int have = n - j < 2 * DC ? n - j : 2 * DC;
+    const T* columns[DC];
+    uintptr_t next[DC];
+    const int have = n - j < DC ? n - j : DC;
     for (int i = 0; i < have; ++i) columns[i] = b.data + (j + i) * b.stride_n;
-    if (have >= DC) {
-      dot_columns<DC>(c + j, a, m, depth, columns, columns + DC, have - DC);
+    int next_count = 0;
+    for (int i = 0; i < DC; ++i)
+      if (continues || j + ahead + i < n)
+        next[next_count++] = reinterpret_cast<uintptr_t>(columns[0]) + (ahead + i) * b.stride_n * sizeof(T);
+    if (have == DC) {
+      dot_columns<DC>(c + j, a, m, depth, columns, next, next_count);
     } else {
-      for (int i = 0; i < have; ++i) dot_columns<1>(c + j + i, a, m, depth, columns + i, columns, 0);
+      for (int i = 0; i < have; ++i) dot_columns<1>(c + j + i, a, m, depth, columns + i, next, 0);
     }
   }
 }
 
+// How a product stands among others.
+struct Place {
+  int64_t group_rows = 0;  // rows of the whole group, where the product is made of a part of them; 0: m
+  bool continues = false;  // the same thread goes on with the next 32 columns, whose weights are fetched meanwhile
+};
+
 // c[m][32] = a[m][depth] b[depth][n], columns from n on 0. c must have room for m rows of 32.
 template <class T>
-inline void product(float* c, Left<T> a, int64_t m, int64_t depth, Right<T> b, int n, const PanelBuffers& buffers) {
+inline void product(float* c, Left<T> a, int64_t m, int64_t depth, Right<T> b, int n, const PanelBuffers& buffers,
+                    const Place& place = {}) {
   if (m == 0) return;
   if (depth == 0) {
     std::memset(c, 0, m * NC * sizeof(float));
     return;
   }
-  const bool few = m <= DR || (m < kDotRows<T> && m * depth * static_cast<int64_t>(sizeof(T)) <= kDotBytes);
-  if (few && b.stride_k == 1 && !b.index) return dot_product(c, a, m, depth, b, n);
+  const int64_t all = place.group_rows ? place.group_rows : m;
+  const bool few = all <= DR || (all < kDotRows<T> && all * depth * static_cast<int64_t>(sizeof(T)) <= kDotBytes);
+  if (few && b.stride_k == 1 && !b.index) return dot_product(c, a, m, depth, b, n, place.continues);
   const bool in_place = b.stride_n == 1 && !b.index && n == NC && m <= MR;
   for (int64_t k0 = 0; k0 < depth; k0 += KC) {
     const int64_t block = depth - k0 < KC ? depth - k0 : KC;
     if constexpr (kIsFloat<T>) {
       if (in_place) {
-        multiply_panel(c, a, m, k0, block, b.data + k0 * b.stride_k, b.stride_k, buffers.rows, k0 > 0);
+        multiply_panel(c, a, m, k0, block, b.data + k0 * b.stride_k, b.stride_k, buffers.rows, k0 > 0, {});
         continue;
       }
     }
     pack(buffers.panel, b, k0, block, n);
-    multiply_panel(c, a, m, k0, block, buffers.panel, NC, buffers.rows, k0 > 0);
+    NextPanel<T> next{};
+    if (b.stride_k == 1 && !b.index) {
+      if (k0 + block < depth) {
+        next = {b.data + k0 + block, b.stride_n};
+      } else if (place.continues) {
+        next = {b.data + NC * b.stride_n, b.stride_n};
+      }
+    }
+    multiply_panel(c, a, m, k0, block, buffers.panel, NC, buffers.rows, k0 > 0, next);
   }
 }
 
