@@ -2,7 +2,8 @@
 //   dy[a] = scale dout act'(pre),  dx = W^T dy (combined into rows where the forward pass gathered),  dW = dy^T x.
 // Without an activation dx is made from dout itself, unscaled, so that dscale[a] = <W^T dout, x[a]> + <dout, b> comes
 // free; with one, dscale[a] = <dout, act(pre)>.
-// Stage 1, by (panel of N, group): dy as rows and transposed. Stage 2: dx by panels of K, dW by (panel, group).
+// Stage 1, by (panel of N, group): dy by slot, where there is an activation. Stage 2: dx by panels of K, dW by (group,
+// rows).
 #include "cpu/common/activations.h"
 #include "cpu/common/backward.h"
 
@@ -15,16 +16,21 @@ struct Backward {
   const GroupedLinearBackward& op;
   bool linear = op.activation == Activation::none;
   const float* scale = op.scatter ? op.plan.scale : nullptr;  // null where the forward pass did not scale
-  Workspace<T> dy = {};                                       // [A, N], for dx
-  Workspace<T> dy_t = {};                                     // [N, A], for dW
+  Workspace<T> dy = {};                                       // [A, N], for dx and dW
   Workspace<float> partials = {};                             // [panels, A], for dscale
   TeamScratch scratch = {};
+  GradientScratch gradient = {};
   Counter dy_items = {}, dx_items = {}, dw_items = {};
 
   Left<T> grad(int64_t first) const {
     const T* data = static_cast<const T*>(op.grad.data);
     if (op.scatter) return {data, op.grad.stride, op.plan.rows + first};
     return {data + first * op.grad.stride, op.grad.stride, nullptr};
+  }
+  // dy: made in stage 1, or, without an activation, where it is needed.
+  ScaledLeft<T> scaled_grad(int64_t first) const {
+    if (!linear) return {{dy.row(first), dy.stride, nullptr}, nullptr};
+    return {grad(first), scale ? scale + first : nullptr};
   }
   Left<T> x(int64_t first) const {
     const T* data = static_cast<const T*>(op.x.data);
@@ -66,7 +72,6 @@ void dy_panel(const Backward<T>& b, int64_t panel, int64_t g, int thread) {
   const int n = panel_width(op.n, n0);
   float* tile = b.scratch.results(thread);
   with_activation(op.activation, [&](auto a) { make_dy<decltype(a)::value>(b, g, panel, n, tile); });
-  if (b.dy_t) store_transposed(b.dy_t.row(n0) + first, b.dy_t.stride, tile, m, n);
   if (op.dbias) store_column_sums(static_cast<T*>(op.dbias) + g * op.n + n0, tile, m, n);
 }
 
@@ -115,7 +120,7 @@ void body(void* context, const Team& team) {
   Backward<T>& b = *static_cast<Backward<T>*>(context);
   const GroupedLinearBackward& op = b.op;
   const int64_t groups = op.plan.groups;
-  if (b.dy || b.dy_t || op.dbias || (b.partials && !b.linear))
+  if (b.dy || op.dbias || (b.partials && !b.linear))
     for (int64_t item; (item = b.dy_items.next()) < panels_of(op.n) * groups;)
       dy_panel(b, item / groups, item % groups, team.index);
   team.barrier();
@@ -123,12 +128,13 @@ void body(void* context, const Team& team) {
   if (op.dx || (b.partials && b.linear))
     for (int64_t panel; (panel = b.dx_items.next()) < panels_of(op.k);) dx_panel(b, panel, team.index);
   if (op.dweight) {
-    for (int64_t item; (item = b.dw_items.next()) < groups * panels_of(op.k);) {
-      const int64_t g = item / panels_of(op.k), k0 = item % panels_of(op.k) * NC, first = op.plan.offsets[g];
+    const GradientItems items(groups, op.n, team.size);
+    for (int64_t item; (item = b.dw_items.next()) < items.count();) {
+      const int64_t g = items.group(item), first = op.plan.offsets[g];
       const Left<T> x = b.x(first);
-      weight_gradient_panel(static_cast<T*>(op.dweight) + g * op.n * op.k, op.n, op.k, b.dy_t.data + first,
-                            b.dy_t.stride, Right<T>{x.data, 1, x.stride, x.index}, op.plan.offsets[g + 1] - first, k0,
-                            b.scratch.buffers(team.index), b.scratch.results(team.index));
+      weight_gradient_item(static_cast<T*>(op.dweight), op.n, op.k, items, item, b.scaled_grad(first),
+                           Right<T>{x.data, 1, x.stride, x.index}, op.plan.offsets[g + 1] - first, b.gradient,
+                           team.index);
     }
   }
   if (op.dscale) {
@@ -141,19 +147,16 @@ template <class T>
 void run(const GroupedLinearBackward& op) {
   const int64_t live = op.plan.live();
   Backward<T> b{op};
-  if (op.dx && !b.linear) b.dy = {live, workspace_stride(op.n)};
-  if (op.dweight) b.dy_t = {op.n, workspace_stride(live)};
+  if ((op.dx || op.dweight) && !b.linear) b.dy = {live, workspace_stride(op.n)};
   if (op.dscale) b.partials = {panels_of(b.linear ? op.k : op.n), live};
 
   const double products = double((op.dx ? 1 : 0) + (op.dweight ? 1 : 0)) * op.n * op.k;
   const int threads = useful_threads(op.threads, 2.0 * live * products,
                                      sizeof(T) * (double(op.plan.groups) * products + double(live) * (op.n + op.k)));
-  const int64_t group = largest_group(op.plan);
-  int64_t results = live, depth = op.n > group ? op.n : group;
-  if (op.dweight && op.n > results) results = op.n;
-  b.scratch = TeamScratch::plan<T>(threads, depth, results);
-  Scratch block(block_bytes(b.dy, b.dy_t, b.partials, b.scratch));
-  place_in(block, b.dy, b.dy_t, b.partials, b.scratch);
+  b.scratch = TeamScratch::plan<T>(threads, op.n, live);
+  if (op.dweight) b.gradient = GradientScratch::plan<T>(threads, largest_group(op.plan), op.k);
+  Scratch block(block_bytes(b.dy, b.partials, b.scratch, b.gradient));
+  place_in(block, b.dy, b.partials, b.scratch, b.gradient);
   if (!op.gather) zero_slots_from(static_cast<T*>(op.dx), live, op.plan.capacity, op.k);
   prefer_huge_pages(op.dx, (op.gather ? op.plan.num_rows : op.plan.capacity) * op.k * sizeof(T));
   prefer_huge_pages(op.dweight, op.plan.groups * op.n * op.k * sizeof(T));

@@ -1,8 +1,8 @@
 // Backward of grouped_mlp. With dv[a] = W_out^T dout[row], u = act(pre):
 //   dscale[a] = <dv, u> + <dout[row], b_out>,  dpre = scale dv act'(pre),  dx = combined dpre W_in,
 //   dW_in = dpre^T x,  dW_out = (scale dout)^T u.
-// Stage 1, by (panel, group): dv and its epilogue, which leaves dpre (rows and transposed) and u; and scale dout
-// transposed. Stage 2: dx by panels of H for all groups, the weight gradients by (panel, group).
+// Stage 1, by (panel, group): dv and its epilogue, which leaves dpre and u by slot. Stage 2: dx by panels of H for all
+// groups, the weight gradients by (group, rows), db_out by (panel, group).
 #include "cpu/common/activations.h"
 #include "cpu/common/backward.h"
 
@@ -16,13 +16,12 @@ struct Backward {
   bool gated = is_gated(op.activation);
   int64_t width = gated ? 2 * op.i : op.i;         // of pre
   bool need_dpre = op.dx || op.dw_in || op.db_in;  // any gradient that is made from that of pre
-  Workspace<T> dpre = {};                          // [A, width], for dx
-  Workspace<T> dpre_t = {};                        // [width, A], for dW_in
+  Workspace<T> dpre = {};                          // [A, width], for dx and dW_in
   Workspace<T> hidden = {};                        // [A, I], for dW_out
-  Workspace<T> dy_t = {};                          // [H, A], for dW_out
   Workspace<float> partials = {};                  // [panels of I, A], for dscale
   TeamScratch scratch = {};
-  Counter stage1 = {}, dy_items = {}, dx_items = {}, dw_in_items = {}, dw_out_items = {};
+  GradientScratch gradient = {};
+  Counter stage1 = {}, dx_items = {}, dw_in_items = {}, dw_out_items = {}, db_out_items = {};
 
   Left<T> grad(int64_t first) const {
     return {static_cast<const T*>(op.grad.data), op.grad.stride, op.plan.rows + first};
@@ -79,13 +78,6 @@ void store_hidden(const Backward<T>& b, int64_t g, int64_t panel, int n) {
 }
 
 template <class T>
-void store_half(const Backward<T>& b, int64_t g, int64_t column, int n, const float* tile) {
-  const int64_t first = b.op.plan.offsets[g], m = b.op.plan.offsets[g + 1] - first;
-  if (b.dpre_t) store_transposed(b.dpre_t.row(column) + first, b.dpre_t.stride, tile, m, n);
-  if (b.op.db_in) store_column_sums(static_cast<T*>(b.op.db_in) + g * b.width + column, tile, m, n);
-}
-
-template <class T>
 void hidden_panel(const Backward<T>& b, int64_t panel, int64_t g, int thread) {
   const GroupedMlpBackward& op = b.op;
   const int64_t first = op.plan.offsets[g], m = op.plan.offsets[g + 1] - first, n0 = panel * NC;
@@ -101,26 +93,11 @@ void hidden_panel(const Backward<T>& b, int64_t panel, int64_t g, int thread) {
     product(gate, b.grad(first), m, op.h, w, n, b.scratch.buffers(thread));
     with_activation(op.activation, [&](auto a) { finish_hidden<decltype(a)::value>(b, g, panel, n, gate, up); });
   }
-  store_half(b, g, n0, n, gate);
-  if (up) store_half(b, g, op.i + n0, n, up);
-}
-
-// dy = scale dout, transposed, and the gradient of b_out.
-template <class T>
-void dy_panel(const Backward<T>& b, int64_t panel, int64_t g, int thread) {
-  const GroupedMlpBackward& op = b.op;
-  const int64_t first = op.plan.offsets[g], m = op.plan.offsets[g + 1] - first, n0 = panel * NC;
-  const int n = panel_width(op.h, n0);
-  float* tile = b.scratch.results(thread);
-  const Left<T> grad = b.grad(first);
-  for (int64_t r = 0; r < m; ++r) {
-    Row row = load_row(grad.row(r) + n0, n);
-    const float scale = op.plan.scale ? op.plan.scale[first + r] : 1.0f;
-    for (int j = 0; j < NV; ++j) row.v[j] *= scale;
-    store_row(tile + r * NC, row, NC);
+  if (op.db_in) {
+    T* db_in = static_cast<T*>(op.db_in) + g * b.width + n0;
+    store_column_sums(db_in, gate, m, n);
+    if (up) store_column_sums(db_in + op.i, up, m, n);
   }
-  if (b.dy_t) store_transposed(b.dy_t.row(n0) + first, b.dy_t.stride, tile, m, n);
-  if (op.db_out) store_column_sums(static_cast<T*>(op.db_out) + g * op.h + n0, tile, m, n);
 }
 
 template <class T>
@@ -140,25 +117,35 @@ void dx_panel(const Backward<T>& b, int64_t panel, int thread) {
 }
 
 template <class T>
-void weight_panels(Backward<T>& b, const Team& team) {
+void weight_gradients(Backward<T>& b, const Team& team) {
   const GroupedMlpBackward& op = b.op;
-  const int64_t groups = op.plan.groups;
-  const PanelBuffers buffers = b.scratch.buffers(team.index);
-  float* results = b.scratch.results(team.index);
+  const Plan& plan = op.plan;
   if (op.dw_in) {
-    for (int64_t item; (item = b.dw_in_items.next()) < groups * panels_of(op.h);) {
-      const int64_t g = item / panels_of(op.h), k0 = item % panels_of(op.h) * NC, first = op.plan.offsets[g];
-      const Right<T> x{static_cast<const T*>(op.x.data), 1, op.x.stride, op.plan.rows + first};
-      weight_gradient_panel(static_cast<T*>(op.dw_in) + g * b.width * op.h, b.width, op.h, b.dpre_t.data + first,
-                            b.dpre_t.stride, x, op.plan.offsets[g + 1] - first, k0, buffers, results);
+    const GradientItems items(plan.groups, b.width, team.size);
+    for (int64_t item; (item = b.dw_in_items.next()) < items.count();) {
+      const int64_t g = items.group(item), first = plan.offsets[g];
+      const ScaledLeft<T> dpre{{b.dpre.row(first), b.dpre.stride, nullptr}, nullptr};
+      const Right<T> x{static_cast<const T*>(op.x.data), 1, op.x.stride, plan.rows + first};
+      weight_gradient_item(static_cast<T*>(op.dw_in), b.width, op.h, items, item, dpre, x, plan.offsets[g + 1] - first,
+                           b.gradient, team.index);
     }
   }
   if (op.dw_out) {
-    for (int64_t item; (item = b.dw_out_items.next()) < groups * panels_of(op.i);) {
-      const int64_t g = item / panels_of(op.i), k0 = item % panels_of(op.i) * NC, first = op.plan.offsets[g];
+    const GradientItems items(plan.groups, op.h, team.size);
+    for (int64_t item; (item = b.dw_out_items.next()) < items.count();) {
+      const int64_t g = items.group(item), first = plan.offsets[g];
+      const ScaledLeft<T> dy{b.grad(first), plan.scale ? plan.scale + first : nullptr};
       const Right<T> u{b.hidden.row(first), 1, b.hidden.stride, nullptr};
-      weight_gradient_panel(static_cast<T*>(op.dw_out) + g * op.h * op.i, op.h, op.i, b.dy_t.data + first,
-                            b.dy_t.stride, u, op.plan.offsets[g + 1] - first, k0, buffers, results);
+      weight_gradient_item(static_cast<T*>(op.dw_out), op.h, op.i, items, item, dy, u, plan.offsets[g + 1] - first,
+                           b.gradient, team.index);
+    }
+  }
+  if (op.db_out) {
+    for (int64_t item; (item = b.db_out_items.next()) < panels_of(op.h) * plan.groups;) {
+      const int64_t g = item / panels_of(op.h), n0 = item % panels_of(op.h) * NC, first = plan.offsets[g];
+      store_scaled_column_sums(static_cast<T*>(op.db_out) + g * op.h + n0, b.grad(first),
+                               plan.scale ? plan.scale + first : nullptr, plan.offsets[g + 1] - first, n0,
+                               panel_width(op.h, n0));
     }
   }
 }
@@ -171,9 +158,6 @@ void body(void* context, const Team& team) {
   if (b.need_dpre || b.hidden || b.partials)
     for (int64_t item; (item = b.stage1.next()) < panels_of(op.i) * groups;)
       hidden_panel(b, item / groups, item % groups, team.index);
-  if (b.dy_t || op.db_out)
-    for (int64_t item; (item = b.dy_items.next()) < panels_of(op.h) * groups;)
-      dy_panel(b, item / groups, item % groups, team.index);
   team.barrier();
   if (op.dscale) {
     // Rows by absolute slot: the plan's own list from slot 0.
@@ -183,7 +167,7 @@ void body(void* context, const Team& team) {
     fill_empty_rows(op.plan, Matrix{nullptr, 0}, static_cast<T*>(op.dx), op.h, op.h, team);
     for (int64_t panel; (panel = b.dx_items.next()) < panels_of(op.h);) dx_panel(b, panel, team.index);
   }
-  weight_panels(b, team);
+  weight_gradients(b, team);
 }
 
 int64_t largest(int64_t a, int64_t b) {
@@ -194,10 +178,8 @@ template <class T>
 void run(const GroupedMlpBackward& op) {
   Backward<T> b{op};
   const int64_t live = op.plan.live();
-  if (op.dx) b.dpre = {live, workspace_stride(b.width)};
-  if (op.dw_in) b.dpre_t = {b.width, workspace_stride(live)};
+  if (op.dx || op.dw_in) b.dpre = {live, workspace_stride(b.width)};
   if (op.dw_out) b.hidden = {live, workspace_stride(op.i)};
-  if (op.dw_out) b.dy_t = {op.h, workspace_stride(live)};
   if (op.dscale) b.partials = {panels_of(op.i), live};
 
   const double products = double(b.width + 2 * op.i + b.width) * op.h;  // an estimate: all gradients needed
@@ -206,12 +188,11 @@ void run(const GroupedMlpBackward& op) {
   const int64_t group = largest_group(op.plan);
   int64_t results = b.gated ? 2 * group : group;
   if (op.dx) results = largest(results, live);
-  if (op.dw_in) results = largest(results, b.width);
-  if (op.dw_out) results = largest(results, op.h);
-  b.scratch = TeamScratch::plan<T>(threads, largest(largest(op.h, b.width), group), results);
+  b.scratch = TeamScratch::plan<T>(threads, largest(op.h, b.width), results);
+  if (op.dw_in || op.dw_out) b.gradient = GradientScratch::plan<T>(threads, group, largest(op.h, op.i));
 
-  Scratch block(block_bytes(b.dpre, b.dpre_t, b.hidden, b.dy_t, b.partials, b.scratch));
-  place_in(block, b.dpre, b.dpre_t, b.hidden, b.dy_t, b.partials, b.scratch);
+  Scratch block(block_bytes(b.dpre, b.hidden, b.partials, b.scratch, b.gradient));
+  place_in(block, b.dpre, b.hidden, b.partials, b.scratch, b.gradient);
   prefer_huge_pages(op.dx, op.plan.num_rows * op.h * sizeof(T));
   prefer_huge_pages(op.dw_in, op.plan.groups * b.width * op.h * sizeof(T));
   prefer_huge_pages(op.dw_out, op.plan.groups * op.h * op.i * sizeof(T));

@@ -1,0 +1,234 @@
+// Weight gradients, dW[n][k] = sum over a group's slots a of left[a][n] * right[a][k]. Both operands are read where
+// they lie, by slot: a block of rows of dW packs its columns of the left one and then, block by block, those of the
+// right one, so that nothing is transposed or gathered in memory and every row of dW is written in one place.
+// Bound by writing dW where a group has few slots, by the multiply-adds where it has many.
+#pragma once
+#include "cpu/common/team_scratch.h"
+
+namespace dyncore::DYNCORE_ISA {
+
+// Rows of dW that share a packed block of the right operand: packing it costs 1% of their products.
+constexpr int64_t kGradientRows = 16 * MR;
+// Slots whose products are summed before they are added to those of the slots before.
+constexpr int64_t kGradientSlots = 2048;
+// Packed columns of the right operand: a quarter of a common L2 cache.
+constexpr int64_t kGradientBytes = 256 << 10;
+
+template <class T>
+inline int64_t slot_words(int64_t slots) {
+  return kPairs<T> ? (slots + 1) / 2 : slots;
+}
+
+// The left operand: row r times scale[r]; not scaled where scale is null. What becomes pairs is rounded to T.
+template <class T>
+struct ScaledLeft {
+  Left<T> rows;
+  const float* scale;
+
+  DYNCORE_INLINE Row load(int64_t r, int64_t column, int n) const {
+    Row row = load_row(rows.row(r) + column, n);
+    if (!scale) return row;
+    for (int j = 0; j < NV; ++j) row.v[j] *= scale[r];
+    if constexpr (kPairs<T>) {
+      T rounded[NC];
+      store_row(rounded, row, NC);
+      row = load_row(rounded, NC);
+    }
+    return row;
+  }
+};
+
+// Per thread: [rows][slots] words of the left operand, [columns][slots] of the right one, and, where a group has more
+// slots than are summed at once, the float sums of a block of a 16-bit dW.
+class GradientScratch {
+ public:
+  template <class T>
+  static GradientScratch plan(int threads, int64_t largest_group, int64_t columns) {
+    GradientScratch s;
+    const int64_t words = slot_words<T>(largest_group < kGradientSlots ? largest_group : kGradientSlots);
+    const int64_t panel = words * NC * sizeof(float), all = panels_of(columns) * panel;
+    s.left_size_ = rounded_bytes(words * kGradientRows * sizeof(float));
+    s.right_size_ = rounded_bytes(all < kGradientBytes ? all : (panel > kGradientBytes ? panel : kGradientBytes));
+    if (!kIsFloat<T> && largest_group > kGradientSlots)
+      s.sums_size_ = rounded_bytes(kGradientRows * panels_of(columns) * NC * sizeof(float));
+    s.threads_ = threads;
+    return s;
+  }
+
+  size_t bytes() const { return threads_ * (left_size_ + right_size_ + sums_size_); }
+  void place(void* at) { at_ = static_cast<char*>(at); }
+
+  float* left(int thread) const {
+    return reinterpret_cast<float*>(at_ + thread * (left_size_ + right_size_ + sums_size_));
+  }
+  float* right(int thread) const {
+    return reinterpret_cast<float*>(reinterpret_cast<char*>(left(thread)) + left_size_);
+  }
+  float* sums(int thread) const {
+    return reinterpret_cast<float*>(reinterpret_cast<char*>(right(thread)) + right_size_);
+  }
+
+ private:
+  char* at_ = nullptr;
+  size_t left_size_ = 0, right_size_ = 0, sums_size_ = 0, threads_ = 0;
+};
+
+// to[tile][word][MR] = the words of columns n0:n0+n of slots a0:a0+slots; columns past n are 0.
+template <class T>
+inline void pack_left(float* to, const ScaledLeft<T>& left, int64_t a0, int64_t slots, int64_t n0, int64_t n) {
+  const int64_t words = slot_words<T>(slots), tiles = (n + MR - 1) / MR;
+  float line[kGradientRows + NC];
+  for (int64_t w = 0; w < words; ++w) {
+    for (int64_t j = 0; j < tiles * MR; j += NC) {
+      const int have = n - j < NC ? static_cast<int>(n > j ? n - j : 0) : NC;
+      Row row;
+      if constexpr (kPairs<T>) {
+        row = left.load(a0 + 2 * w, n0 + j, have);
+        const Row second = 2 * w + 1 < slots ? left.load(a0 + 2 * w + 1, n0 + j, have) : zero_row();
+        for (int v = 0; v < NV; ++v) row.v[v] = (vf)(((vu)row.v[v] >> 16) | (vu)second.v[v]);
+      } else {
+        row = left.load(a0 + w, n0 + j, have);
+      }
+      store_row(line + j, row, NC);
+    }
+    for (int64_t t = 0; t < tiles; ++t) std::memcpy(to + (t * words + w) * MR, line + t * MR, MR * sizeof(float));
+  }
+}
+
+// out[r][0:32] (+)= sum over words w of left[w][r] * right[w][0:32], for the first `rows` of MR rows.
+template <class T, class Out>
+inline __attribute__((noinline)) void gradient_tile(const float* left, const float* right, int64_t words, Out* out,
+                                                    int64_t stride, int rows, bool accumulate) {
+  for (int j0 = 0; j0 < NC; j0 += 2 * VL) {
+    vf acc[MR][2];
+#pragma GCC unroll 12
+    for (int r = 0; r < MR; ++r) {
+      acc[r][0] = vf{};
+      acc[r][1] = vf{};
+    }
+    const float* a = left;
+    const float* b = right + j0;
+    for (int64_t w = 0; w < words; ++w, a += MR, b += NC) {
+      const vf b0 = load(b), b1 = load(b + VL);
+#pragma GCC unroll 12
+      for (int r = 0; r < MR; ++r) {
+        if constexpr (kPairs<T>) {
+#if defined(__AVX512BF16__)
+          int32_t word;
+          std::memcpy(&word, a + r, 4);
+          const __m512bh x = (__m512bh)_mm512_set1_epi32(word);
+          acc[r][0] = (vf)_mm512_dpbf16_ps((__m512)acc[r][0], x, (__m512bh)b0);
+          acc[r][1] = (vf)_mm512_dpbf16_ps((__m512)acc[r][1], x, (__m512bh)b1);
+#endif
+        } else {
+          const vf x = splat(a[r]);
+          acc[r][0] += x * b0;
+          acc[r][1] += x * b1;
+        }
+      }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < MR; ++r) {
+      if (r >= rows) break;
+      Out* to = out + r * stride + j0;
+      store(to, accumulate ? acc[r][0] + load(to) : acc[r][0]);
+      store(to + VL, accumulate ? acc[r][1] + load(to + VL) : acc[r][1]);
+    }
+  }
+}
+
+// Rows n0:n0+n of dW, n <= kGradientRows, from the group's m > 0 slots.
+template <class T>
+inline void weight_gradient_rows(T* dw, int64_t columns, int64_t n0, int64_t n, const ScaledLeft<T>& left,
+                                 const Right<T>& right, int64_t m, const GradientScratch& scratch, int thread) {
+  float* const packed_left = scratch.left(thread);
+  float* const packed_right = scratch.right(thread);
+  const int64_t chain = slot_words<T>(kChainDepth);
+  for (int64_t a0 = 0; a0 < m; a0 += kGradientSlots) {
+    const bool last = m - a0 <= kGradientSlots;
+    const int64_t slots = last ? m - a0 : kGradientSlots, words = slot_words<T>(slots);
+    const bool direct = m <= kChainDepth;
+    pack_left(packed_left, left, a0, slots, n0, n);
+    const int64_t fit = kGradientBytes / (words * NC * static_cast<int64_t>(sizeof(float)));
+    const int64_t block = (fit > 1 ? fit : 1) * NC;
+    for (int64_t k0 = 0; k0 < columns; k0 += block) {
+      const int64_t end = columns - k0 < block ? columns : k0 + block;
+      for (int64_t k = k0; k < end; k += NC)
+        pack(packed_right + (k - k0) * words, right.from_column(k), a0, slots, panel_width(columns, k));
+      for (int64_t r0 = 0; r0 < n; r0 += MR) {
+        const int rows = static_cast<int>(n - r0 < MR ? n - r0 : MR);
+        const float* a = packed_left + r0 * words;
+        for (int64_t k = k0; k < end; k += NC) {
+          const float* b = packed_right + (k - k0) * words;
+          const int width = panel_width(columns, k);
+          T* to = dw + (n0 + r0) * columns + k;
+          if (direct && width == NC) {
+            gradient_tile<T>(a, b, words, to, columns, rows, false);
+            continue;
+          }
+          float tile[MR * NC];
+          for (int64_t w = 0; w < words; w += chain)
+            gradient_tile<T>(a + w * MR, b + w * NC, words - w < chain ? words - w : chain, tile, NC, MR, w > 0);
+          for (int r = 0; r < rows; ++r) {
+            Row row = load_row(tile + r * NC, NC);
+            if constexpr (kIsFloat<T>) {
+              if (a0 > 0) row = load_row(to + r * columns, width) + row;
+            } else {
+              float* sums = scratch.sums(thread) + (r0 + r) * panels_of(columns) * NC + k;
+              if (a0 > 0) row = load_row(sums, NC) + row;
+              if (!last) {
+                store_row(sums, row, NC);
+                continue;
+              }
+            }
+            store_row(to + r * columns, row, width);
+          }
+        }
+      }
+    }
+  }
+}
+
+// A group's dW [rows, columns] by items of some rows, so that threads have enough of them.
+class GradientItems {
+ public:
+  GradientItems(int64_t groups, int64_t rows, int threads) : groups_(groups), rows_(rows) {
+    while (block_ > 2 * MR && count() < 8 * threads) block_ /= 2;
+  }
+  int64_t count() const { return groups_ * per_group(); }
+  int64_t group(int64_t item) const { return item / per_group(); }
+  int64_t first_row(int64_t item) const { return item % per_group() * block_; }
+  int64_t rows(int64_t item) const {
+    const int64_t rest = rows_ - first_row(item);
+    return rest < block_ ? rest : block_;
+  }
+
+ private:
+  int64_t per_group() const { return (rows_ + block_ - 1) / block_; }
+  int64_t groups_, rows_, block_ = kGradientRows;
+};
+
+// memset would go round the cache, in which a fresh page's lines are: 10 GB/s against 15.
+template <class T>
+inline void zero_fill(T* to, int64_t count) {
+  int64_t j = 0;
+  for (; j + NC <= count; j += NC) store_row(to + j, zero_row(), NC);
+  store_row(to + j, zero_row(), static_cast<int>(count - j));
+}
+
+// One item of the gradient [G, rows, columns]. left and right hold the slots of the item's group. An empty group's
+// gradient is 0.
+template <class T>
+inline void weight_gradient_item(T* dweight, int64_t rows, int64_t columns, const GradientItems& items, int64_t item,
+                                 const ScaledLeft<T>& left, const Right<T>& right, int64_t m,
+                                 const GradientScratch& scratch, int thread) {
+  T* dw = dweight + items.group(item) * rows * columns;
+  const int64_t n0 = items.first_row(item), n = items.rows(item);
+  if (m == 0) {
+    zero_fill(dw + n0 * columns, n * columns);
+  } else {
+    weight_gradient_rows(dw, columns, n0, n, left, right, m, scratch, thread);
+  }
+}
+
+}  // namespace dyncore::DYNCORE_ISA
