@@ -96,18 +96,18 @@ def count_route(expert: Tensor, num_groups: int) -> int:
     return _native.count_route(expert, num_groups)
 
 
-def _new_plan(like: Tensor, num_rows: int, num_groups: int, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+_new_int32 = torch.empty(0, dtype=torch.int32, device="cpu").new_empty  # 0.8 us; torch.empty with a dtype takes 1.0
+
+
+def _new_plan(num_rows: int, num_groups: int, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Buffers of a plan being made: rows, offsets, row_offsets, row_slots."""
-    rows = like.new_empty(capacity, dtype=torch.int32)
-    new = rows.new_empty  # half as dear without the dtype
-    return rows, new(num_groups + 1), new(num_rows + 1), new(capacity)
+    return _new_int32(capacity), _new_int32(num_groups + 1), _new_int32(num_rows + 1), _new_int32(capacity)
 
 
 def plan_inverse(rows: Tensor, offsets: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     if not available:
         return reference.plan_inverse(rows, offsets, num_rows)
-    row_offsets = rows.new_empty(num_rows + 1, dtype=torch.int32)
-    row_slots = row_offsets.new_empty(rows.shape[0])
+    row_offsets, row_slots = _new_int32(num_rows + 1), _new_int32(rows.shape[0])
     _native.plan_inverse(rows, offsets, row_offsets, row_slots)
     return row_offsets, row_slots
 
@@ -115,7 +115,7 @@ def plan_inverse(rows: Tensor, offsets: Tensor, num_rows: int) -> tuple[Tensor, 
 def plan_mask(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not available:
         return reference.plan_mask(mask, capacity)
-    plan = _new_plan(mask, mask.shape[0], mask.shape[1] if mask.dim() == 2 else 1, capacity)
+    plan = _new_plan(mask.shape[0], mask.shape[1] if mask.dim() == 2 else 1, capacity)
     _native.plan_mask(mask, *plan)
     return plan
 
@@ -123,8 +123,8 @@ def plan_mask(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tens
 def plan_route(expert: Tensor, num_groups: int, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if not available or expert.dtype not in (torch.int32, torch.int64):
         return reference.plan_route(expert, num_groups, capacity)
-    plan = _new_plan(expert, expert.shape[0], num_groups, capacity)
-    sources = plan[0].new_empty(capacity)
+    plan = _new_plan(expert.shape[0], num_groups, capacity)
+    sources = _new_int32(capacity)
     _native.plan_route(expert, *plan, sources)
     return *plan, sources
 
@@ -135,7 +135,7 @@ def plan_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if scores.dtype not in (torch.float32, torch.float64):
         scores = scores.float()
     batch, seq = scores.shape
-    plan = _new_plan(scores, batch * seq, 1, batch * k)
+    plan = _new_plan(batch * seq, 1, batch * k)
     _native.plan_topk(scores, k, *plan)
     return plan
 
