@@ -37,10 +37,7 @@ class Items {
   void place(void* at) { ranges_ = static_cast<Range*>(at); }
 
   // Shares `items` items out, while nobody takes any: each thread of the team sets its part of the ranges, or one all.
-  void share(int64_t items, const Team& team = {0, 1}) {
-    for (int i = team.index; i < count_; i += team.size)
-      ranges_[i] = {items * i / count_, items * (i + 1) / count_, {}};
-  }
+  void share(int64_t items, const Team& team = {0, 1});
 
   struct Item {
     int64_t index;
@@ -49,14 +46,7 @@ class Items {
   };
 
   // An item that nobody had yet; false when there is none.
-  Item take(const Team& team) {
-    for (int i = 0; i < count_; ++i) {
-      Range& range = ranges_[(team.index + i) % count_];
-      const int64_t index = __atomic_fetch_add(&range.next, 1, __ATOMIC_RELAXED);
-      if (index < range.end) return {index, i == 0 && index + 1 < range.end};
-    }
-    return {-1, false};
-  }
+  Item take(const Team& team);
 
  private:
   struct Range {

@@ -1,26 +1,27 @@
 // What the grouped backward passes share: sums over slots for biases, and the gradient of scale.
 #pragma once
+#include "cpu/common/pieces.h"
+#include "cpu/common/stored_rows.h"
 #include "cpu/common/weight_gradient.h"
 
 namespace dyncore::DYNCORE_ISA {
 
-// out[0:n] = sum of the tile's m rows.
-template <class T>
-inline void store_column_sums(T* out, const float* tile, int64_t m, int n) {
-  const auto add_row = [=](Row& total, int64_t r)
-                           DYNCORE_INLINE_LAMBDA { total = total + load_row(tile + r * NC, NC); };
-  store_row(out, pairwise_sum<Row>(0, m, add_row), n);
+inline int64_t largest(int64_t a, int64_t b) {
+  return a > b ? a : b;
 }
 
-// out[0:n] = sum of scale[r] * columns n0:n0+n of the m rows; not scaled where scale is null.
+// A group's db[0:width] = sum of scale[r] * row r over its m slots; not scaled where scale is null.
 template <class T>
-inline void store_scaled_column_sums(T* out, const Left<T>& rows, const float* scale, int64_t m, int64_t n0, int n) {
-  const auto add_row = [=](Row& total, int64_t r) DYNCORE_INLINE_LAMBDA {
-    const Row row = load_row(rows.row(r) + n0, n);
-    const float factor = scale ? scale[r] : 1.0f;
-    for (int j = 0; j < NV; ++j) total.v[j] += factor * row.v[j];
-  };
-  store_row(out, pairwise_sum<Row>(0, m, add_row), n);
+inline void bias_gradient(T* db, int64_t width, const Left<T>& rows, const float* scale, int64_t m) {
+  for (int64_t n0 = 0; n0 < width; n0 += NC) {
+    const int n = panel_width(width, n0);
+    const auto add_row = [=](Row& total, int64_t r) DYNCORE_INLINE_LAMBDA {
+      const Row row = load_row(rows.row(r) + n0, n);
+      const float factor = scale ? scale[r] : 1.0f;
+      for (int j = 0; j < NV; ++j) total.v[j] += factor * row.v[j];
+    };
+    store_row(db + n0, pairwise_sum<Row>(0, m, add_row), n);
+  }
 }
 
 // dscale[a] = partial sums [panels, A] + <grad of slot a, bias of its group>. `grad` names the gradient's row of each

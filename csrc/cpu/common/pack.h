@@ -97,13 +97,33 @@ inline void pack_rows(float* panel, const T* b, int64_t stride, const int32_t* i
   for (int64_t k = 0; k < depth; ++k) store_row(panel + k * NC, load_row(b + (index ? index[k] : k) * stride, n), NC);
 }
 
+#if defined(__AVX512BF16__)
+// The words of 32 columns of two rows; the second is 0 where there is none.
+DYNCORE_INLINE void interleave(const bf16* first, const bf16* second, vf& low, vf& high) {
+  alignas(64) static constexpr uint16_t kOrder[64] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                      8,  40, 9,  41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47,
+                                                      16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+                                                      24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
+  const __m512i a = _mm512_loadu_si512(first), b = second ? _mm512_loadu_si512(second) : __m512i{};
+  low = (vf)_mm512_permutex2var_epi16(a, _mm512_load_si512(kOrder), b);
+  high = (vf)_mm512_permutex2var_epi16(a, _mm512_load_si512(kOrder + 32), b);
+}
+#endif
+
 inline void pack_rows_pairs(float* panel, const bf16* b, int64_t stride, const int32_t* index, int64_t depth, int n) {
   for (int64_t k = 0; k < depth; k += 2) {
-    const Row first = load_row(b + (index ? index[k] : k) * stride, n);
-    Row second = zero_row();
-    if (k + 1 < depth) second = load_row(b + (index ? index[k + 1] : k + 1) * stride, n);
+    const bf16* first = b + (index ? index[k] : k) * stride;
+    const bf16* second = k + 1 < depth ? b + (index ? index[k + 1] : k + 1) * stride : nullptr;
     Row words;
-    for (int j = 0; j < NV; ++j) words.v[j] = (vf)(((vu)first.v[j] >> 16) | (vu)second.v[j]);
+#if defined(__AVX512BF16__)
+    if (n == NC) {
+      interleave(first, second, words.v[0], words.v[1]);
+      store_row(panel + k / 2 * NC, words, NC);
+      continue;
+    }
+#endif
+    const Row low = load_row(first, n), high = second ? load_row(second, n) : zero_row();
+    for (int j = 0; j < NV; ++j) words.v[j] = (vf)(((vu)low.v[j] >> 16) | (vu)high.v[j]);
     store_row(panel + k / 2 * NC, words, NC);
   }
 }

@@ -140,9 +140,9 @@ struct NextPanel {
 };
 
 // One packed panel of `depth` (or, for float, rows of b read in place, ldb apart) against all m rows.
-template <class T>
+template <class T, class Next>
 inline void multiply_panel(float* c, Left<T> a, int64_t m, int64_t k0, int64_t depth, const float* b, int64_t ldb,
-                           float* widened, bool accumulate, const NextPanel<T>& next) {
+                           float* widened, bool accumulate, const Next& next) {
   const int64_t tiles = (m + MR - 1) / MR;
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t r0 = m * t / tiles;
@@ -256,7 +256,7 @@ inline void product(float* c, Left<T> a, int64_t m, int64_t depth, Right<T> b, i
     const int64_t block = depth - k0 < KC ? depth - k0 : KC;
     if constexpr (kIsFloat<T>) {
       if (in_place) {
-        multiply_panel(c, a, m, k0, block, b.data + k0 * b.stride_k, b.stride_k, buffers.rows, k0 > 0, {});
+        multiply_panel(c, a, m, k0, block, b.data + k0 * b.stride_k, b.stride_k, buffers.rows, k0 > 0, NextPanel<T>{});
         continue;
       }
     }

@@ -189,17 +189,17 @@ inline void weight_gradient_rows(T* dw, int64_t columns, int64_t n0, int64_t n, 
   }
 }
 
-// A group's dW [rows, columns] by items of some rows, so that threads have enough of them.
-class GradientItems {
+// The gradient [G, rows, columns] by blocks of some rows of a group, so that threads have enough of them.
+class GradientBlocks {
  public:
-  GradientItems(int64_t groups, int64_t rows, int threads) : groups_(groups), rows_(rows) {
+  GradientBlocks(int64_t groups, int64_t rows, int threads) : groups_(groups), rows_(rows) {
     while (block_ > 2 * MR && count() < 8 * threads) block_ /= 2;
   }
   int64_t count() const { return groups_ * per_group(); }
-  int64_t group(int64_t item) const { return item / per_group(); }
-  int64_t first_row(int64_t item) const { return item % per_group() * block_; }
-  int64_t rows(int64_t item) const {
-    const int64_t rest = rows_ - first_row(item);
+  int64_t group(int64_t block) const { return block / per_group(); }
+  int64_t first_row(int64_t block) const { return block % per_group() * block_; }
+  int64_t rows(int64_t block) const {
+    const int64_t rest = rows_ - first_row(block);
     return rest < block_ ? rest : block_;
   }
 
@@ -216,14 +216,14 @@ inline void zero_fill(T* to, int64_t count) {
   store_row(to + j, zero_row(), static_cast<int>(count - j));
 }
 
-// One item of the gradient [G, rows, columns]. left and right hold the slots of the item's group. An empty group's
+// One block of the gradient. left and right hold the slots of its group. An empty group's
 // gradient is 0.
 template <class T>
-inline void weight_gradient_item(T* dweight, int64_t rows, int64_t columns, const GradientItems& items, int64_t item,
-                                 const ScaledLeft<T>& left, const Right<T>& right, int64_t m,
-                                 const GradientScratch& scratch, int thread) {
-  T* dw = dweight + items.group(item) * rows * columns;
-  const int64_t n0 = items.first_row(item), n = items.rows(item);
+inline void weight_gradient_block(T* dweight, int64_t rows, int64_t columns, const GradientBlocks& blocks,
+                                  int64_t block, const ScaledLeft<T>& left, const Right<T>& right, int64_t m,
+                                  const GradientScratch& scratch, int thread) {
+  T* dw = dweight + blocks.group(block) * rows * columns;
+  const int64_t n0 = blocks.first_row(block), n = blocks.rows(block);
   if (m == 0) {
     zero_fill(dw + n0 * columns, n * columns);
   } else {
