@@ -1,6 +1,6 @@
-"""The command `dyncore`: env (what is available here) and bench (the main job). Floor 5.
+"""The command `dyncore`: env (what is available here), bench (the main job), tune (measured break-evens). Floor 5.
 
-env needs torch alone; bench needs the extra dyncore[bench], and says so where it is missing.
+env and tune need torch alone; bench needs the extra dyncore[bench], and says so where it is missing.
 """
 
 from __future__ import annotations
@@ -98,6 +98,15 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--out", type=_folder, metavar="FOLDER", help="default: bench-results/<time>")
     bench.add_argument("--seconds", type=_positive_float, metavar="S", help="time for each point (default: 1, full 4)")
     bench.set_defaults(size="quick", parser=bench)
+    tune = commands.add_parser(
+        "tune",
+        help="measure from where which way of computing is faster on this machine",
+        description="Measures when to compute everything instead of skipping, and when to take torch's own matmul "
+        "group by group, and writes the table into the user's cache folder (DYNCORE_CACHE, else XDG_CACHE_HOME or "
+        "~/.cache), where dyncore reads it. Takes less than two minutes on a quiet machine.",
+    )
+    tune.add_argument("--quick", action="store_true", help="fewer sizes, under 30 seconds")
+    tune.add_argument("--threads", type=_positive_int, metavar="N", help="default: torch.get_num_threads()")
     return parser
 
 
@@ -117,6 +126,7 @@ def _print_env(as_json: bool) -> int:
         "instruction set": env["isa"] or "-",
         "threads": str(env["threads"]),
         "GPU": env["gpu"] or "none found",
+        "break-evens": "measured" if env["tuned"] else "defaults; dyncore tune measures this machine's",
     }
     for name, backend in env["backends"].items():
         state = "available" if backend["available"] else "not available"
@@ -163,6 +173,12 @@ def _bench(args: argparse.Namespace, argv: Sequence[str]) -> int:
     return run(Options(**options))
 
 
+def _tune(args: argparse.Namespace) -> int:
+    from dyncore.tune import FULL, QUICK, run
+
+    return run(QUICK if args.quick else FULL, args.threads)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status: 0, 1 (something failed), 2 (bad arguments), 130 (Ctrl-C), 141 (a reader of the
     output left)."""
@@ -170,7 +186,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             args = _parser().parse_args(argv)
-            return _print_env(args.json) if args.command == "env" else _bench(args, argv)
+            if args.command == "env":
+                return _print_env(args.json)
+            return _tune(args) if args.command == "tune" else _bench(args, argv)
         finally:
             sys.stdout.flush()  # a pipe without a reader shows here, not at exit
     except BrokenPipeError:

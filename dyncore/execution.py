@@ -5,19 +5,11 @@ The mode lives in a threading.local attribute, which torch.compile guards on (it
 
 from __future__ import annotations
 
-import math
 import threading
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 
 MODES = ("sparse", "masked", "auto")
-
-# Density of slots from which "auto" computes everything, by device. On a CPU never: with every row selected the fused
-# kernels run at 0.97 to 1.14 times the speed of a plain dense layer (benchmarks/results/quick, keep ratio 1), which
-# masked execution, with its selections on top, does not reach. Elsewhere most ops have no kernel yet: at 1, where there
-# is nothing to skip.
-_BREAK_EVEN = {"cpu": math.inf}
-_BREAK_EVEN_ELSEWHERE = 1.0
 
 
 class _State(threading.local):
@@ -37,7 +29,7 @@ class execution:
 
     - "sparse": true skipping, always.
     - "masked": compute everything and multiply by 0 or 1, as most research code does: ground truth and baseline.
-    - "auto" (default): whichever is faster by a measured break-even, from facts known on the host.
+    - "auto" (default): whichever is faster by a measured break-even (dyncore.break_even), from facts known on the host.
 
     Values and gradients are the same in each mode. Raises ValueError on any other name.
 
@@ -65,11 +57,3 @@ class execution:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         _state.mode = self._previous.pop()
-
-
-def use_masked(device: str, slots: int | None, dense_slots: int) -> bool:
-    """Whether to compute everything on this type of device: `slots` of `dense_slots` pairs (row, group) are live, None
-    if the host does not know."""
-    if _state.mode == "auto":
-        return slots is not None and slots >= _BREAK_EVEN.get(device, _BREAK_EVEN_ELSEWHERE) * dense_slots
-    return _state.mode == "masked"

@@ -1,7 +1,17 @@
-"""What every test runs under: uninitialised memory is filled, so that a read of it shows."""
+"""What every test runs under: no table of break-evens, and uninitialised memory filled, so that a read of it shows."""
 
 import pytest
 import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_table(tmp_path_factory):
+    """A table that the user has made with `dyncore tune` changes no test; none was read while tests were collected."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DYNCORE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr("dyncore.break_even._tables", None)
+        patch.setattr("dyncore.break_even._idle", False)
+        yield
 
 
 @pytest.fixture(autouse=True)

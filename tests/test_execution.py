@@ -81,7 +81,8 @@ def test_a_compiled_function_follows_the_mode_it_is_called_in():
 def test_auto_computes_everything_where_that_is_known_to_be_faster(device, slots, expected):
     rows = torch.arange(slots, device=device, dtype=torch.int32)
     offsets = torch.zeros(2, device=device, dtype=torch.int32)
+    weight = torch.empty(1, 4, 4, device=device)
     known = dc.Plan(rows, offsets, None, 30, rows, rows, exact=True)
     bound = dc.Plan(rows, offsets, None, 30, rows, rows, exact=False)
-    assert compute_masked(known) is expected
-    assert not compute_masked(bound)  # a static bound says nothing of what is live
+    assert compute_masked(known, "grouped_linear", weight) is expected
+    assert not compute_masked(bound, "grouped_linear", weight)  # a static bound says nothing of what is live

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dyncore.backends import reference
+from dyncore.backends import reference, torch_matmul
+from dyncore.break_even import torch_is_faster
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 # The order of enum Activation in csrc/cpu/kernels.h.
@@ -206,6 +207,8 @@ def grouped_linear(
     plan = (rows, offsets, scale, row_offsets, row_slots)
     if not _serves(x):
         return reference.grouped_linear(x, weight, bias, *plan, activation, gather, scatter, save)
+    if torch_is_faster("grouped_linear", x.dtype, offsets, weight):
+        return torch_matmul.grouped_linear(x, weight, bias, *plan, activation, gather, scatter, save)
     slots, n = rows.shape[0], weight.shape[1]
     out = x.new_empty(row_offsets.shape[0] - 1 if scatter else slots, n)
     pre = x.new_empty(slots, n) if save and activation != "none" else None
@@ -263,6 +266,8 @@ def grouped_mlp(
     inputs = (x, w_in, w_out, b_in, b_out, residual, rows, offsets, scale, row_offsets, row_slots)
     if not _serves(x):
         return reference.grouped_mlp(*inputs, activation, save)
+    if torch_is_faster("grouped_mlp", x.dtype, offsets, w_in, w_out):
+        return torch_matmul.grouped_mlp(*inputs, activation, save)
     out = x.new_empty(row_offsets.shape[0] - 1, w_out.shape[1])
     pre = x.new_empty(rows.shape[0], w_in.shape[1]) if save else None
     _native.grouped_mlp(*inputs, _ACTIVATIONS[activation], out, pre, threads())

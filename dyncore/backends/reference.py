@@ -47,7 +47,7 @@ def check_plan(rows: Tensor, offsets: Tensor, num_rows: int) -> None:
         )
 
 
-def _groups(offsets: Tensor) -> list[tuple[int, int, int]]:
+def groups_of(offsets: Tensor) -> list[tuple[int, int, int]]:
     """(group, first slot, end) of every group that has slots."""
     bounds = offsets.tolist()
     return [(g, s, e) for g, (s, e) in enumerate(itertools.pairwise(bounds)) if e > s]
@@ -166,7 +166,7 @@ def _product(slots: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor
     """y[a] = weight[g(a)] slots[a] + bias[g(a)]: [A, K] -> [A, N]; padding gives 0."""
     y = slots.new_zeros(slots.shape[0], weight.shape[1])
     with torch.autocast(slots.device.type, enabled=False):
-        for g, s, e in _groups(offsets):
+        for g, s, e in groups_of(offsets):
             y[s:e] = slots[s:e] @ _wide(weight[g]).t()
             if bias is not None:
                 y[s:e] += _wide(bias[g])
@@ -181,7 +181,7 @@ def _product_backward(
     dweight = slots.new_zeros(weight.shape) if needs[1] else None
     dbias = slots.new_zeros(weight.shape[:2]) if needs[2] else None
     with torch.autocast(slots.device.type, enabled=False):
-        for g, s, e in _groups(offsets):
+        for g, s, e in groups_of(offsets):
             if dslots is not None:
                 dslots[s:e] = dy[s:e] @ _wide(weight[g])
             if dweight is not None:

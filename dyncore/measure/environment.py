@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import dyncore
+from dyncore import break_even
 from dyncore.backends import cpu, triton
 
 _CACHE_ROOT = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -107,6 +108,7 @@ def environment() -> dict[str, Any]:
         "usable_cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "isa": cpu.isa() if cpu.available else None,
+        "tuned": break_even.tuned(),
         "last_level_cache_bytes": last_level_cache(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "backends": _backends(),

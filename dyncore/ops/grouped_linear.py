@@ -113,7 +113,7 @@ def grouped_linear(
     if activation is not None:
         expect_activation(activation, gated=False)
     name = activation or "none"
-    if compute_masked(plan):
+    if compute_masked(plan, "grouped_linear", weight):
         out = _masked(x, weight, bias, plan, name, gather, scatter)
     elif wants_grad(x, weight, bias, plan.scale if scatter else None):
         tensors = (plan.rows, plan.offsets, plan.row_offsets, plan.row_slots)

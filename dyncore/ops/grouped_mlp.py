@@ -141,7 +141,7 @@ def grouped_mlp(
         residual = expect_rows("residual", expect_tensor("residual", residual, like=x), plan)
         if residual is x and torch.compiler.is_compiling():  # Dynamo refuses one tensor as two inputs of a Function
             residual = residual.view_as(residual)
-    if compute_masked(plan):
+    if compute_masked(plan, "grouped_mlp", w_in, w_out):
         out = _masked(x, w_in, w_out, b_in, b_out, residual, plan, activation)
     elif wants_grad(x, w_in, w_out, b_in, b_out, residual, plan.scale):
         tensors = (plan.rows, plan.offsets, plan.row_offsets, plan.row_slots)

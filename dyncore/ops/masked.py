@@ -10,15 +10,19 @@ import torch
 from torch import Tensor
 
 from dyncore.backends.reference import check_plan
-from dyncore.execution import use_masked
+from dyncore.break_even import masked_from
+from dyncore.execution import mode
 from dyncore.plan import Plan
 
 
-def compute_masked(plan: Plan) -> bool:
-    """Whether a grouped product on `plan` computes everything, in the execution mode in force."""
+def compute_masked(plan: Plan, op: str, *weights: Tensor) -> bool:
+    """Whether the grouped product `op` on `plan` computes everything, in the execution mode in force."""
+    name = mode()
+    if name != "auto" or not plan.exact:  # not exact: the host does not know how many slots are live
+        return name == "masked"
     rows = plan.rows
     device = "cpu" if rows.is_cpu else rows.device.type  # the latter takes 0.3 us
-    return use_masked(device, rows.shape[0] if plan.exact else None, plan.num_rows * plan.num_groups)
+    return rows.shape[0] >= masked_from(device, op, plan.num_rows, weights) * (plan.num_rows * plan.num_groups)
 
 
 def selection(plan: Plan, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
