@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import dyncore as dc
@@ -96,6 +98,30 @@ def test_forward_derivatives_are_refused():
             torch.func.jvp(lambda a: dc.grouped_linear(a, w, plan=plan), (x,), (x,))
         with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp"):
             dc.grouped_linear(torch.autograd.forward_ad.make_dual(x, x), w, plan=plan)
+
+
+def test_dispatch_modes_see_every_op():
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    x, w = torch.randn(5, 4), torch.randn(1, 4, 4)
+    with Seen(), torch.no_grad():
+        dc.grouped_mlp(x, w, w, plan=dc.select(x[:, 0] > 0))
+    assert [n for n in names if n.startswith("dyncore")] == ["dyncore::plan_mask", "dyncore::grouped_mlp"]
+
+
+def test_fake_tensors_give_fake_results_and_are_checked():
+    with FakeTensorMode():
+        x, w = torch.randn(3, 5, 4), torch.randn(1, 4, 4)
+        plan = dc.select(x[..., 0] > 0)
+        out = dc.grouped_mlp(x, w, w, plan=plan, residual=x)
+        assert isinstance(out, FakeTensor)
+        assert out.shape == (3, 5, 4)
+        with pytest.raises(ValueError, match=r"w_in: expected shape \[G=1, I=4, H=4\], got \[1, 4, 3\]"):
+            dc.grouped_mlp(x, w[..., :3], w, plan=plan)
 
 
 def test_meta_tensors_give_meta_results():

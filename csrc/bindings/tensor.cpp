@@ -1,6 +1,7 @@
 // Reading PyTorch's tensors through the DLPack exchange API.
 #include "bindings/tensor.h"
 
+#include <algorithm>
 #include <string>
 
 namespace dyncore::bindings {
@@ -16,6 +17,13 @@ struct ExchangeApi {
 };
 
 const ExchangeApi* api = nullptr;
+PyTypeObject* tensor_type = nullptr;
+constexpr int32_t kCpu = 1;
+
+// The API takes whatever it is given for a tensor, so that is asked first.
+bool is_tensor(py::handle source) {
+  return PyObject_TypeCheck(source.ptr(), tensor_type);
+}
 
 std::string text(const int64_t* sizes, int64_t count) {
   std::string all;
@@ -28,6 +36,7 @@ std::string text(const int64_t* sizes, int64_t count) {
 void find_tensor_api() {
   const char* const attribute = "__dlpack_c_exchange_api__";
   const py::object type = py::module_::import("torch").attr("Tensor");
+  tensor_type = reinterpret_cast<PyTypeObject*>(type.ptr());
   if (py::hasattr(type, attribute)) {
     const py::object capsule = type.attr(attribute);
     api = static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
@@ -42,12 +51,10 @@ Tensor::Tensor(const char* name, py::handle source, Absence absence) : name_(nam
 }
 
 void Tensor::look(py::handle source) {
-  if (api->look(source.ptr(), &view_) != 0) {
-    if (PyErr_Occurred()) throw py::error_already_set();
+  if (!is_tensor(source))
     throw py::type_error(std::string(name_) + ": expected a Tensor, got " + Py_TYPE(source.ptr())->tp_name);
-  }
-  constexpr int32_t kCpu = 1;
-  if (view_.device_type != kCpu) throw py::value_error(std::string(name_) + ": expected a tensor on cpu");
+  if (!glance(source, view_))
+    throw py::value_error(std::string(name_) + ": expected a tensor with data on cpu, side by side or in strides");
   if (view_.data) view_.data = static_cast<char*>(view_.data) + view_.byte_offset;
   source_ = py::reinterpret_borrow<py::object>(source);
 }
@@ -122,6 +129,23 @@ Scales::Scales(const char* name, py::handle source, Absence absence) : Tensor(na
   expect_dims(1);
   if (*this && type() != kFloat) convert("float");
   if (*this && !contiguous()) convert("contiguous");
+}
+
+bool glance(py::handle source, View& view) {
+  if (!is_tensor(source)) return false;
+  if (api->look(source.ptr(), &view) == 0) return view.device_type == kCpu;
+  PyErr_Clear();
+  return false;
+}
+
+bool fits(py::handle source, const ElementType& type, std::initializer_list<int64_t> shape) {
+  View view;
+  if (!glance(source, view) || view.type != type || view.dims != static_cast<int32_t>(shape.size())) return false;
+  return std::equal(shape.begin(), shape.end(), view.sizes);
+}
+
+bool has_kernels(const ElementType& type) {
+  return type == kFloat || type == kBfloat16 || type == kFloat16;
 }
 
 Dtype kernel_dtype(const Tensor& tensor) {

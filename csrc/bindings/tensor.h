@@ -104,7 +104,14 @@ struct Scales : Tensor {
   float* list() const { return data<float>(); }
 };
 
-// What the kernels call the type of these elements; TypeError on one that they do not take.
+// Reads a CPU tensor without a word: false where `source` is anything else.
+bool glance(py::handle source, View& view);
+// Whether `source` is a CPU tensor of this type and shape.
+bool fits(py::handle source, const ElementType& type, std::initializer_list<int64_t> shape);
+
+// Whether the kernels take elements of this type.
+bool has_kernels(const ElementType& type);
+// What the kernels call it; TypeError on one that they do not take.
 Dtype kernel_dtype(const Tensor& tensor);
 
 }  // namespace dyncore::bindings

@@ -274,6 +274,22 @@ def grouped_mlp(
     return out, _or_empty(pre, x)
 
 
+def grouped_mlp_fits(
+    x: object,
+    w_in: object,
+    w_out: object,
+    b_in: object,
+    b_out: object,
+    residual: object,
+    rows: Tensor,
+    offsets: Tensor,
+    num_rows: int,
+    gated: bool,
+) -> bool:
+    """Whether these are CPU tensors of one dtype that has kernels, in the shapes that dyncore.grouped_mlp asks."""
+    return available and _native.grouped_mlp_fits(x, w_in, w_out, b_in, b_out, residual, rows, offsets, num_rows, gated)
+
+
 def grouped_mlp_backward(
     grad: Tensor,
     x: Tensor,

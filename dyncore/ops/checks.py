@@ -14,7 +14,7 @@ from dyncore.plan import Plan
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ALL = (*ELEMENTWISE, *GATED)
-_any_autocast = torch._C._is_any_autocast_enabled  # one question for all devices, before that for x's
+any_autocast = torch._C._is_any_autocast_enabled  # one question for all devices, before that for x's
 
 
 def expect_plan(plan: object) -> Plan:
@@ -105,7 +105,7 @@ def expect_activation(activation: object, gated: bool) -> None:
 
 def autocast_on(x: Tensor) -> bool:
     """Whether autocast is on for x's device (the meta device has none)."""
-    if not (torch.compiler.is_compiling() or _any_autocast()):
+    if not (torch.compiler.is_compiling() or any_autocast()):
         return False
     return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
 

@@ -8,8 +8,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dyncore import activations
+from dyncore.backends import cpu
 from dyncore.ops.autograd import first_derivative_only, wants_grad
 from dyncore.ops.checks import (
+    any_autocast,
     autocast,
     autocast_on,
     expect_activation,
@@ -88,6 +90,19 @@ def _masked(x, w_in, w_out, b_in, b_out, residual, plan: Plan, activation: str) 
     return total.to(x.dtype)
 
 
+def _check(x, w_in, w_out, b_in, b_out, plan: Plan, gated: bool) -> None:
+    groups, width = plan.num_groups, expect_rows("x", x, plan).shape[1]
+    expect_tensor("w_out", w_out, like=x)
+    expect_shape("w_out", w_out, "G H I", (groups, width, None))
+    inner = w_out.shape[2] * 2 if gated else w_out.shape[2]
+    expect_tensor("w_in", w_in, like=x)
+    expect_shape("w_in", w_in, "G 2I H" if gated else "G I H", (groups, inner, width))
+    if b_in is not None:
+        expect_shape("b_in", expect_tensor("b_in", b_in, like=x), "G I", (groups, inner))
+    if b_out is not None:
+        expect_shape("b_out", expect_tensor("b_out", b_out, like=x), "G H", (groups, width))
+
+
 def grouped_mlp(
     x: Tensor,
     w_in: Tensor,
@@ -115,32 +130,33 @@ def grouped_mlp(
     devices or activation names, IndexError on plan rows outside x.
     """
     expect_plan(plan)
-    expect_tensor("x", x)
     expect_activation(activation, gated=True)
-    shape = x.shape
-    if residual is not None and expect_tensor("residual", residual).shape != shape:
-        raise ValueError(f"residual: expected the shape of x, {list(shape)}, got {list(residual.shape)}")
-    x, w_in, w_out, b_in, b_out = autocast(x, w_in, w_out, b_in, b_out)  # type: ignore[assignment]
-    if residual is not None and residual.dtype != x.dtype and autocast_on(x):
-        y = grouped_mlp(x, w_in, w_out, b_in, b_out, plan=plan, activation=activation)
-        has_slot = (plan.row_offsets.diff() > 0).view(*shape[:-1], 1)
-        return torch.where(has_slot, residual + y, residual)
-    x = expect_rows("x", x, plan)
-    groups, width = plan.num_groups, x.shape[1]
-    expect_tensor("w_out", w_out, like=x)
-    expect_shape("w_out", w_out, "G H I", (groups, width, None))
     gated = activation in activations.GATED
-    inner = w_out.shape[2] * 2 if gated else w_out.shape[2]
-    expect_tensor("w_in", w_in, like=x)
-    expect_shape("w_in", w_in, "G 2I H" if gated else "G I H", (groups, inner, width))
-    if b_in is not None:
-        expect_shape("b_in", expect_tensor("b_in", b_in, like=x), "G I", (groups, inner))
-    if b_out is not None:
-        expect_shape("b_out", expect_tensor("b_out", b_out, like=x), "G H", (groups, width))
-    if residual is not None:
-        residual = expect_rows("residual", expect_tensor("residual", residual, like=x), plan)
-        if residual is x and torch.compiler.is_compiling():  # Dynamo refuses one tensor as two inputs of a Function
-            residual = residual.view_as(residual)
+    if (
+        torch.compiler.is_compiling()
+        or any_autocast()
+        or not cpu.grouped_mlp_fits(
+            x, w_in, w_out, b_in, b_out, residual, plan.rows, plan.offsets, plan.num_rows, gated
+        )
+    ):
+        expect_tensor("x", x)
+        if residual is not None and expect_tensor("residual", residual).shape != x.shape:
+            raise ValueError(f"residual: expected the shape of x, {list(x.shape)}, got {list(residual.shape)}")
+        leading = x.shape[:-1]
+        x, w_in, w_out, b_in, b_out = autocast(x, w_in, w_out, b_in, b_out)  # type: ignore[assignment]
+        if residual is not None and residual.dtype != x.dtype and autocast_on(x):
+            y = grouped_mlp(x, w_in, w_out, b_in, b_out, plan=plan, activation=activation)
+            has_slot = (plan.row_offsets.diff() > 0).view(*leading, 1)
+            return torch.where(has_slot, residual + y, residual)
+        _check(x, w_in, w_out, b_in, b_out, plan, gated)
+        if residual is not None:
+            expect_tensor("residual", residual, like=x)
+    shape = x.shape
+    if len(shape) != 2:
+        x = x.reshape(plan.num_rows, shape[-1])
+        residual = None if residual is None else residual.reshape(plan.num_rows, shape[-1])
+    if residual is x and torch.compiler.is_compiling():  # Dynamo refuses one tensor as two inputs of a Function
+        residual = x.view_as(x)
     if compute_masked(plan, "grouped_mlp", w_in, w_out):
         out = _masked(x, w_in, w_out, b_in, b_out, residual, plan, activation)
     elif wants_grad(x, w_in, w_out, b_in, b_out, residual, plan.scale):

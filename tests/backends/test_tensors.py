@@ -1,0 +1,72 @@
+"""How the bindings read tensors: what is no tensor, or of another type or shape, is refused before a kernel runs."""
+
+import pytest
+import torch
+
+from dyncore.backends import cpu, reference
+
+pytestmark = pytest.mark.skipif(not cpu.available, reason=cpu.reason)
+
+T, G, H, I = 6, 2, 5, 7  # noqa: E741
+GOOD = {
+    "x": torch.randn(T, H),
+    "w_in": torch.randn(G, I, H),
+    "w_out": torch.randn(G, H, I),
+    "b_in": torch.randn(G, I),
+    "b_out": torch.randn(G, H),
+    "residual": torch.randn(T, H),
+}
+BAD = [
+    ("x", torch.randn(T, H + 1), ValueError, "x: expected shape [6, 5], got [6, 6]"),
+    ("x", torch.randn(T - 1, H), ValueError, "x: expected 6 rows, got 5"),
+    ("w_in", torch.randn(G, I, H + 1), ValueError, "w_in: expected shape [2, 7, 5], got [2, 7, 6]"),
+    ("w_in", torch.randn(I, H), ValueError, "w_in: expected 3 dimensions, got shape [7, 5]"),
+    ("w_out", torch.randn(G + 1, H, I), ValueError, "w_out: expected shape [2, 5, 7], got [3, 5, 7]"),
+    ("w_out", torch.randn(G, H, I).double(), TypeError, "w_out: expected the dtype of x"),
+    ("b_in", torch.randn(G, I).bfloat16(), TypeError, "b_in: expected the dtype of x"),
+    ("b_in", torch.randn(G, H), ValueError, "b_in: expected shape [2, 7], got [2, 5]"),
+    ("b_out", torch.randn(G), ValueError, "b_out: expected 2 dimensions, got shape [2]"),
+    ("residual", torch.randn(T + 1, H), ValueError, "residual: expected 6 rows, got 7"),
+    ("b_in", [1.0], TypeError, "b_in: expected a Tensor, got list"),
+    ("w_in", torch.empty(G, I, H, device="meta"), ValueError, "w_in: expected a tensor with data on cpu"),
+    ("b_in", torch.randn(G, I).to_sparse(), ValueError, "b_in: expected a tensor with data on cpu"),
+]
+
+
+def run(**changed):
+    expert = torch.tensor([[0], [1], [-1], [0], [1], [1]])
+    rows, offsets, row_offsets, row_slots, _ = reference.plan_route(expert, G, 5)
+    arguments = GOOD | changed
+    return cpu.grouped_mlp(*arguments.values(), rows, offsets, None, row_offsets, row_slots, "gelu", False)[0]
+
+
+@pytest.mark.parametrize(("name", "value", "kind", "message"), BAD, ids=[f"{b[0]}-{i}" for i, b in enumerate(BAD)])
+def test_a_tensor_that_does_not_fit_is_refused(name, value, kind, message):
+    with pytest.raises(kind) as error:
+        run(**{name: value})
+    assert message in str(error.value)
+
+
+def test_none_is_refused_where_a_tensor_must_be():
+    rows, offsets, row_offsets, _ = reference.plan_mask(torch.ones(T, 1, dtype=torch.bool), T)
+    with pytest.raises(TypeError, match=r"plan\.row_slots"):
+        cpu.scatter_rows(torch.randn(T, H), None, rows, offsets, None, row_offsets, None)
+
+
+def test_plan_tensors_of_other_types_and_strides_are_read_from_copies():
+    mask = torch.tensor([True, False, True, True, False, True])
+    rows, offsets, row_offsets, row_slots = cpu.plan_mask(mask, 4)
+    x, scale = torch.randn(T, H), torch.rand(4)
+    want = cpu.scatter_rows(x[:4], None, rows, offsets, scale, row_offsets, row_slots)
+    spread = [torch.stack([t, t], 1)[:, 0] for t in (rows, offsets, scale, row_offsets, row_slots)]
+    wide = [rows.long(), offsets.long(), scale.double(), row_offsets.long(), row_slots.long()]
+    for plan in (spread, wide):
+        assert torch.equal(cpu.scatter_rows(x[:4], None, *plan), want)
+
+
+def test_negated_and_offset_views_are_read_as_their_values():
+    weight = torch.randn(3, H)
+    plan = cpu.plan_mask(torch.ones(2, dtype=torch.bool), 2)
+    rows, offsets = plan[0], plan[1]
+    assert torch.equal(torch.ops.dyncore.gather_rows(weight[1:], rows, offsets), weight[1:])
+    assert torch.equal(torch.ops.dyncore.gather_rows(torch._neg_view(weight)[1:], rows, offsets), -weight[1:])
