@@ -25,6 +25,7 @@ void body(void* context, const Team& team) {
 }  // namespace
 
 void gather_rows(const GatherRows& op) {
+  if (op.width == 0) return;  // nothing to write, and no memory to read
   const double bytes = 2.0 * op.plan.capacity * op.width * op.element_bytes;
   GatherRows context = op;
   parallel(useful_threads(op.threads, 0, bytes), body, &context);

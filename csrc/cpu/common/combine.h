@@ -62,6 +62,7 @@ inline void combine_slots(const Plan& plan, const float* slots, int64_t slots_st
 template <class T>
 inline void fill_empty_rows(const Plan& plan, const Matrix& base, T* out, int64_t stride, int64_t width,
                             const Team& team) {
+  if (width == 0) return;
   const T* base_at = static_cast<const T*>(base.data);
   const int64_t end = plan.num_rows * (team.index + 1) / team.size;
   for (int64_t t = plan.num_rows * team.index / team.size; t < end; ++t) {

@@ -136,6 +136,7 @@ struct NextColumns {
 template <class T>
 inline void weight_product(float* c, Left<T> a, int64_t m, int64_t depth, Right<T> b, int n,
                            const PanelBuffers& buffers, const Place& place) {
+  if (m == 0) return;  // a part of a piece with fewer rows than parts
   if (b.stride_n != 1 || depth == 0) return product(c, a, m, depth, b, n, buffers, place);
   if (m <= MR && n == NC)
     return multiply_in_place(c, a, static_cast<int>(m), depth, b.data, b.stride_k, buffers.rows, place.continues);

@@ -19,7 +19,14 @@ class TeamScratch {
   }
 
   size_t bytes() const { return bytes_; }
-  void place(void* at) { at_ = static_cast<char*>(at); }
+  void place(void* at) {
+    at_ = static_cast<char*>(at);
+    for (char* thread = at_; thread < at_ + bytes_; thread += thread_size_) {
+      fence_end(thread + panel_size_);
+      fence_end(thread + panel_size_ + rows_size_);
+      fence_end(thread + thread_size_);
+    }
+  }
 
   PanelBuffers buffers(int thread) const {
     char* at = at_ + thread * thread_size_;
