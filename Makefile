@@ -9,7 +9,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find c
 # Without a GPU: the pinned CPU build of torch. With one: whatever torch the machine's index serves.
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints.txt)
 
-.PHONY: bench test test-main test-interpret test-aot lint format benchmark gpu clean
+.PHONY: bench test test-main test-interpret test-aot sanitize lint format benchmark gpu clean
 
 bench: $(VENV)/.ready
 	$(BIN)/dyncore bench --quick
@@ -25,6 +25,15 @@ test-interpret: $(VENV)/.ready
 
 test-aot: $(VENV)/.ready
 	$(BIN)/python -m pytest tests/kernels -q
+
+# The C++ kernels, without Python, under AddressSanitizer and UndefinedBehaviorSanitizer, then under ThreadSanitizer.
+sanitize: $(VENV)/.ready
+	set -e; for kind in address,undefined thread; do \
+	  $(BIN)/cmake -S . -B build/sanitize/$$kind -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	    -DCMAKE_BUILD_TYPE=Release -DDYNCORE_SANITIZE=$$kind --log-level=WARNING; \
+	  $(BIN)/cmake --build build/sanitize/$$kind; \
+	  build/sanitize/$$kind/kernels_test; \
+	done
 
 benchmark: $(VENV)/.ready
 	$(BIN)/python -m pytest benchmarks --benchmark-only -q

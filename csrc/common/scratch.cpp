@@ -7,6 +7,11 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+
+#include <cstring>
+#endif
 
 namespace dyncore {
 
@@ -14,9 +19,10 @@ namespace {
 
 constexpr size_t kKeptLimit = size_t{64} << 20;  // a larger block is given back after the call
 constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kLine = 64;
 
 char* allocate(size_t bytes) {
-  const size_t alignment = bytes >= kHugePage ? kHugePage : 64;
+  const size_t alignment = bytes >= kHugePage ? kHugePage : kLine;
   void* block = nullptr;
   if (posix_memalign(&block, alignment, (bytes + alignment - 1) / alignment * alignment) != 0) throw std::bad_alloc();
   prefer_huge_pages(block, bytes);
@@ -32,7 +38,28 @@ struct Kept {
 
 thread_local Kept kept;
 
+// Under AddressSanitizer a block holds NaN, and only what was taken of it may be touched.
+void close([[maybe_unused]] char* block, [[maybe_unused]] size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(block, bytes);
+  std::memset(block, 0xff, bytes);
+  __asan_poison_memory_region(block, bytes);
+#endif
+}
+
+void open([[maybe_unused]] char* block, [[maybe_unused]] size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(block, bytes);
+#endif
+}
+
 }  // namespace
+
+void fence_end([[maybe_unused]] void* end_of_part) {
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_poison_memory_region(static_cast<char*>(end_of_part) - kLine, kLine);
+#endif
+}
 
 void prefer_huge_pages(void* buffer, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -47,7 +74,7 @@ void prefer_huge_pages(void* buffer, size_t bytes) {
 
 size_t rounded_bytes(size_t bytes) {
   // One odd cache line more, so that buffers of 4096-byte multiples do not fall into the same cache sets.
-  return (bytes + 63) / 64 * 64 + 64;
+  return (bytes + kLine - 1) / kLine * kLine + kLine;
 }
 
 Scratch::Scratch(size_t bytes) : block_(nullptr), next_(nullptr), end_(nullptr), kept_(false) {
@@ -67,9 +94,11 @@ Scratch::Scratch(size_t bytes) : block_(nullptr), next_(nullptr), end_(nullptr),
   }
   next_ = block_;
   end_ = block_ + bytes;
+  close(block_, kept_ ? kept.bytes : bytes);
 }
 
 Scratch::~Scratch() {
+  if (block_) open(block_, end_ - block_);
   if (kept_) {
     kept.in_use = false;
   } else {
@@ -81,6 +110,7 @@ void* Scratch::take(size_t bytes) {
   char* taken = next_;
   next_ += rounded_bytes(bytes);
   assert(next_ <= end_);
+  open(taken, bytes);
   return taken;
 }
 

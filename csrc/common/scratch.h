@@ -26,6 +26,10 @@ class Scratch {
 // What `bytes` take up of a block.
 size_t rounded_bytes(size_t bytes);
 
+// Where several parts of rounded_bytes were taken as one: AddressSanitizer's builds may not touch what one has to
+// spare.
+void fence_end(void* end_of_part);
+
 // Asks for huge pages where a large buffer that has just been allocated is about to be written for the first time: a
 // fresh 64 MB costs 16384 page faults otherwise. Advice: it changes no content, and the system may decline.
 void prefer_huge_pages(void* buffer, size_t bytes);
