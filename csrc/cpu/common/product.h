@@ -6,13 +6,12 @@
 namespace dyncore::DYNCORE_ISA {
 
 // Below so many rows packing costs more than it saves, and the dot form reads the weights as they lie. Measured on Zen
-// 4 (K = N = 1024, weights in cache, dot against packed at 24, 32, 64 rows): float 102/81, 103/90, 92/98 GFLOP/s,
-// bfloat16 pairs 192/175, 193/196, 194/213. Without pairs the dot form converts every weight for every 4 rows.
+// 4 (H = 1024, I = 4096, cold weights, dot against packed at 32, 48, 64 rows): float 145/145, 162/166, 169/181 GFLOP/s,
+// bfloat16 pairs 314/298, 340/322, 345/367; in cache the dot form reaches 200 at 16 rows, the packed one 160. Without
+// pairs the dot form converts every 16-bit weight for every 4 rows.
 template <class T>
-constexpr int64_t kDotRows = kIsFloat<T> ? 48
-                             : kPairs<T> ? 32
-                                         : 12;
-// The rows are read again for every 4 columns, so they must stay in the L2 cache.
+constexpr int64_t kDotRows = kIsFloat<T> || kPairs<T> ? 49 : 12;
+// The rows are read again for every 4 columns, so a block of them along k must stay in the L2 cache.
 constexpr int64_t kDotBytes = 512 << 10;
 // How far ahead of their use weights are fetched into the L2 cache: further than memory's latency, and past the page at
 // whose end the processor's own prefetching stops.
@@ -233,6 +232,21 @@ inline void dot_product(float* c, Left<T> a, int64_t m, int64_t depth, Right<T> 
   }
 }
 
+// The same for any depth, in blocks of it for which `all` rows, those of the group, stay in the L2 cache.
+template <class T>
+inline void dot_blocks(float* c, Left<T> a, int64_t m, int64_t all, int64_t depth, Right<T> b, int n, bool continues) {
+  const int64_t fit = kDotBytes / (all * static_cast<int64_t>(sizeof(T))) / NC * NC;
+  if (depth <= fit) return dot_product(c, a, m, depth, b, n, continues);
+  const int64_t blocks = (depth - 1) / fit + 1, block = ((depth - 1) / blocks / NC + 1) * NC;
+  float sums[kDotRows<T> * NC];
+  for (int64_t k0 = 0; k0 < depth; k0 += block) {
+    const Left<T> ak{a.data + k0, a.stride, a.index};
+    const Right<T> bk{b.data + k0, b.stride_n, b.stride_k, nullptr};
+    dot_product(k0 ? sums : c, ak, m, depth - k0 < block ? depth - k0 : block, bk, n, continues);
+    for (int64_t j = 0; k0 && j < m * NC; j += VL) store(c + j, load(c + j) + load(sums + j));
+  }
+}
+
 // How a product stands among others.
 struct Place {
   int64_t group_rows = 0;  // rows of the whole group, where the product is made of a part of them; 0: m
@@ -249,8 +263,7 @@ inline void product(float* c, Left<T> a, int64_t m, int64_t depth, Right<T> b, i
     return;
   }
   const int64_t all = place.group_rows ? place.group_rows : m;
-  const bool few = all <= DR || (all < kDotRows<T> && all * depth * static_cast<int64_t>(sizeof(T)) <= kDotBytes);
-  if (few && b.stride_k == 1 && !b.index) return dot_product(c, a, m, depth, b, n, place.continues);
+  if (all < kDotRows<T> && b.stride_k == 1 && !b.index) return dot_blocks(c, a, m, all, depth, b, n, place.continues);
   const bool in_place = b.stride_n == 1 && !b.index && n == NC && m <= MR;
   for (int64_t k0 = 0; k0 < depth; k0 += KC) {
     const int64_t block = depth - k0 < KC ? depth - k0 : KC;
