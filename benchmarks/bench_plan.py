@@ -1,4 +1,4 @@
-"""Making plans: select, select_topk and route, against the index lists that PyTorch code makes for the same purpose.
+"""Making plans: select, select_topk, route and route_mask, against the index lists that PyTorch code makes instead.
 
 "naive" gives the slots alone; a plan also holds the inverse map, so that results are combined without atomics. There is
 no dense way to make a plan: "dense" is the naive one.
@@ -39,6 +39,16 @@ def routed(expert, groups):
     return torch.cat([plan.rows, plan.offsets[1:]])
 
 
+def by_group(mask):
+    group, row = mask.t().nonzero(as_tuple=True)
+    return torch.cat([row, torch.bincount(group, minlength=mask.shape[1]).cumsum(0)])
+
+
+def routed_by_mask(mask):
+    plan = dc.route_mask(mask)
+    return torch.cat([plan.rows, plan.offsets[1:]])
+
+
 def select(rows, keep):
     make = lambda: build(lambda m: dc.select(m).rows, nonzero, [(m,) for m in random_masks(rows, keep)])  # noqa: E731
     return Point("select", "random", {"T": rows}, torch.float32, keep, make)
@@ -59,13 +69,25 @@ def route(rows, groups, top_k):
     return Point("route", "random", {"T": rows, "G": groups, "K": top_k}, torch.float32, top_k / groups, make)
 
 
+def route_mask(rows, groups, density):
+    def make():
+        generator = torch.Generator().manual_seed(rows)
+        inputs = [(torch.rand(rows, groups, generator=generator) < density,) for _ in range(3)]
+        return build(routed_by_mask, by_group, inputs)
+
+    return Point("route_mask", "random", {"T": rows, "G": groups}, torch.float32, density, make)
+
+
 POINTS = [
     select(4096, 0.25),
     select(65536, 0.25),
     select_topk(8, 512, 64),
     select_topk(4, 8192, 1024),
     route(512, 64, 2),
+    route(4096, 64, 2),
     route(16384, 64, 8),
+    route_mask(4096, 8, 0.25),
+    route_mask(4096, 64, 2 / 64),
 ]
 
 
