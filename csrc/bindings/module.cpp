@@ -168,14 +168,46 @@ void grouped_linear_backward(py::handle grad_, py::handle x_, py::handle weight_
   launch(&Kernels::grouped_linear_backward, op, gather && dx);
 }
 
+// Whether the kernels multiply bfloat16 in pairs: a word of a panel holds two.
+bool pairs() {
+  return kernels().pairs;
+}
+
+// The weight with its panels, where there are any: see PackWeight.
+Weight with_panels(const Weights& weight, int64_t parts, const Contiguous& panels) {
+  Weight w = weight.weight();
+  if (!panels) return w;
+  if (panels.type() != kFloat) throw py::type_error("panels: expected float32");
+  const int64_t count = (weight.size(1) / parts + 31) / 32, k = weight.size(2);
+  const int64_t words = kernel_dtype(weight) == Dtype::bfloat16 && kernels().pairs ? (k + 1) / 2 : k;
+  panels.expect_shape({weight.size(0), parts, count, words, 32});
+  w.panels = panels.data<const float>();
+  w.panel = words * 32;
+  w.panels_g = parts * count * w.panel;
+  return w;
+}
+
+void pack_weight(py::handle weight_, int64_t parts, py::handle panels_, int threads) {
+  const Weights weight("weight", weight_);
+  const Contiguous panels("panels", panels_);
+  const Weight w = with_panels(weight, parts, panels);
+  const PackWeight op{kernel_dtype(weight), weight.size(0), parts, weight.size(1), weight.size(2), w,
+                      panels.data<float>(), threads};
+  py::gil_scoped_release unlocked;
+  kernels().pack_weight(op);
+}
+
+// in_panels, out_panels: of w_in and w_out, packed for the instruction set in use, or None.
 void grouped_mlp(py::handle x_, py::handle w_in_, py::handle w_out_, py::handle b_in_, py::handle b_out_,
                  py::handle residual_, py::handle rows_, py::handle offsets_, py::handle scale_,
-                 py::handle row_offsets_, py::handle row_slots_, int activation, py::handle out_, py::handle pre_,
-                 int threads) {
+                 py::handle row_offsets_, py::handle row_slots_, int activation, py::handle in_panels_,
+                 py::handle out_panels_, py::handle out_, py::handle pre_, int threads) {
   const Rows x("x", x_), b_in("b_in", b_in_, Absence::allowed), b_out("b_out", b_out_, Absence::allowed),
       residual("residual", residual_, Absence::allowed);
   const Weights w_in("w_in", w_in_), w_out("w_out", w_out_);
   const PlanTensors p(rows_, offsets_, scale_, row_offsets_, row_slots_, rows_of(row_offsets_));
+  const Contiguous in_panels("in_panels", in_panels_, Absence::allowed),
+      out_panels("out_panels", out_panels_, Absence::allowed);
   const Tensor out("out", out_), pre("pre", pre_, Absence::allowed);
   const int64_t h = w_out.size(1), i = w_out.size(2), width = is_gated(Activation(activation)) ? 2 * i : i;
   expect_rows(p, {&x, &residual});
@@ -195,8 +227,8 @@ void grouped_mlp(py::handle x_, py::handle w_in_, py::handle w_out_, py::handle 
                       h,
                       i,
                       x.matrix(),
-                      w_in.weight(),
-                      w_out.weight(),
+                      with_panels(w_in, is_gated(Activation(activation)) ? 2 : 1, in_panels),
+                      with_panels(w_out, 1, out_panels),
                       b_in.matrix(),
                       b_out.matrix(),
                       residual.matrix(),
@@ -333,6 +365,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("supported_isas", &supported_isas);
   m.def("select_isa", &select_isa);
   m.def("selected_isa", &selected_isa);
+  m.def("pairs", &pairs);
+  m.def("pack_weight", &pack_weight);
   m.def("gather_rows", &gather_rows);
   m.def("scatter_rows", &scatter_rows);
   m.def("scatter_rows_backward", &scatter_rows_backward);

@@ -36,6 +36,18 @@ struct Matrix {
 struct Weight {
   const void* data;
   int64_t stride_g, stride_n, stride_k;
+  const float* panels = nullptr;    // the same packed by pack_weight for this instruction set, or null
+  int64_t panels_g = 0, panel = 0;  // words of a group's panels, and of one
+};
+
+// A weight to panels [G][parts][ceil(N / parts / 32)][words][32]; words: K, or of bfloat16 where `Kernels::pairs`,
+// ceil(K / 2). A gated weight has two parts, its halves, for its products begin at either.
+struct PackWeight {
+  Dtype dtype;
+  int64_t groups, parts, n, k;
+  Weight weight;
+  float* panels;
+  int threads;
 };
 
 struct GatherRows {
@@ -126,6 +138,8 @@ struct GroupedMlpBackward {
 
 // Every function writes its outputs completely and expects a plan that passed check_plan (csrc/cpu/plan.h).
 struct Kernels {
+  bool pairs;  // bfloat16 is multiplied in pairs: a word of a panel holds two
+  void (*pack_weight)(const PackWeight&);
   void (*gather_rows)(const GatherRows&);
   void (*scatter_rows)(const ScatterRows&);
   void (*scatter_rows_backward)(const ScatterRowsBackward&);

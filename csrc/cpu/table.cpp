@@ -1,8 +1,10 @@
 // The kernels of one instruction set, as a table for csrc/common/isa.cpp to choose from.
+#include "cpu/common/vec.h"
 #include "cpu/kernels.h"
 
 namespace dyncore::DYNCORE_ISA {
 
+void pack_weight(const PackWeight&);
 void gather_rows(const GatherRows&);
 void scatter_rows(const ScatterRows&);
 void scatter_rows_backward(const ScatterRowsBackward&);
@@ -13,9 +15,15 @@ void grouped_mlp_backward(const GroupedMlpBackward&);
 
 const Kernels& table();
 const Kernels& table() {
-  static const Kernels kernels{
-      gather_rows, scatter_rows,        scatter_rows_backward, grouped_linear, grouped_linear_backward,
-      grouped_mlp, grouped_mlp_backward};
+  static const Kernels kernels{kPairs<bf16>,
+                               pack_weight,
+                               gather_rows,
+                               scatter_rows,
+                               scatter_rows_backward,
+                               grouped_linear,
+                               grouped_linear_backward,
+                               grouped_mlp,
+                               grouped_mlp_backward};
   return kernels;
 }
 

@@ -112,7 +112,19 @@ Matrix where(bool present, const Image& image) {
   return present ? image.matrix() : Matrix{nullptr, 0};
 }
 
-void forward(const std::string& name, const Case& c, const Problem& p, bool save) {
+// A weight [G, parts * N, K] that has panels in `memory`, where `packed`.
+Weight pack(const Kernels& kernels, Dtype dtype, int64_t groups, int64_t parts, Size size, Weight weight, bool packed,
+            int threads, Buffer<float>& memory) {
+  if (!packed) return weight;
+  weight.panel = 32 * (dtype == Dtype::bfloat16 && kernels.pairs ? (size.k + 1) / 2 : size.k);
+  weight.panels_g = parts * ((size.n + 31) / 32) * weight.panel;
+  memory = Buffer<float>(groups * weight.panels_g);
+  kernels.pack_weight({dtype, groups, parts, parts * size.n, size.k, weight, memory.data(), threads});
+  weight.panels = memory.data();
+  return weight;
+}
+
+void forward(const std::string& name, const Case& c, const Problem& p, bool save, bool packed) {
   const Image x(p.x, c.dtype, c.gap), b_in(p.b_in, c.dtype), b_out(p.b_out, c.dtype), residual(p.residual, c.dtype);
   const WeightImage w_in(p.w_in, c.plan.groups, c.dtype, c.layout), w_out(p.w_out, c.plan.groups, c.dtype, c.layout);
   const Dense pre = pre_activation(c, p), want = values(c, p, pre);
@@ -120,12 +132,17 @@ void forward(const std::string& name, const Case& c, const Problem& p, bool save
     Outputs out;
     out.emplace_back(c.plan.num_rows, c.h(), c.dtype);
     if (save) out.emplace_back(c.plan.capacity, c.width(), c.dtype);
-    kernels.grouped_mlp({c.plan.view(c.scaled), c.dtype, c.activation, c.h(), c.i(), x.matrix(), w_in.weight(),
-                         w_out.weight(), where(c.biased, b_in), where(c.biased, b_out), where(c.residual, residual),
-                         out[0].data(), save ? out[1].data() : nullptr, threads});
+    Buffer<float> in_panels, out_panels;
+    const Weight in = pack(kernels, c.dtype, c.plan.groups, c.width() / c.i(), {c.i(), c.h()}, w_in.weight(), packed,
+                           threads, in_panels);
+    const Weight back =
+        pack(kernels, c.dtype, c.plan.groups, 1, {c.h(), c.i()}, w_out.weight(), packed, threads, out_panels);
+    kernels.grouped_mlp({c.plan.view(c.scaled), c.dtype, c.activation, c.h(), c.i(), x.matrix(), in, back,
+                         where(c.biased, b_in), where(c.biased, b_out), where(c.residual, residual), out[0].data(),
+                         save ? out[1].data() : nullptr, threads});
     return out;
   };
-  on_every_isa(name + " forward", make, [&](const Outputs& out) {
+  on_every_isa(name + (packed ? " forward, packed" : " forward"), make, [&](const Outputs& out) {
     expect_values("out", out[0].read(), want, c.dtype);
     if (save) expect_values("pre", out[1].read(), pre, c.dtype);
   });
@@ -159,7 +176,8 @@ void run(const Case& c, Random& random, unsigned needs) {
                            std::to_string(c.h()) + ", I " + std::to_string(c.i()) + ", activation " +
                            std::to_string(int(c.activation)) + ", layout " + std::to_string(int(c.layout));
   const Problem p(c, random);
-  forward(name, c, p, needs % 2 == 0);
+  forward(name, c, p, needs % 2 == 0, false);
+  forward(name, c, p, needs % 2 == 0, true);
   const unsigned all = (c.biased ? 31u : 7u) | (c.scaled ? 32u : 0u);
   const Gradients want = gradients(c, p);
   backward(name, c, p, want, all);

@@ -27,6 +27,10 @@ SCHEMAS = {
     "str activation, bool gather, bool scatter, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
     "grouped_mlp": "(Tensor x, Tensor w_in, Tensor w_out, Tensor? b_in, Tensor? b_out, Tensor? residual, "
     f"{_PLAN}, str activation, bool save) -> (Tensor, Tensor)",
+    # inference with panels of the weights, which pack_weight made for an instruction set; parts: 2 halves where gated
+    "pack_weight": "(Tensor weight, int parts) -> Tensor",
+    "grouped_mlp_packed": "(Tensor x, Tensor w_in, Tensor w_out, Tensor? b_in, Tensor? b_out, Tensor? residual, "
+    f"{_PLAN}, str activation, Tensor in_panels, Tensor out_panels, str packed_isa) -> Tensor",
     "grouped_mlp_backward": "(Tensor grad, Tensor x, Tensor w_in, Tensor w_out, Tensor? b_in, Tensor? b_out, "
     f"Tensor pre, {_PLAN}, str activation, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 }

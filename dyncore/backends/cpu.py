@@ -270,8 +270,53 @@ def grouped_mlp(
         return torch_matmul.grouped_mlp(*inputs, activation, save)
     out = x.new_empty(row_offsets.shape[0] - 1, w_out.shape[1])
     pre = x.new_empty(rows.shape[0], w_in.shape[1]) if save else None
-    _native.grouped_mlp(*inputs, _ACTIVATIONS[activation], out, pre, threads())
+    _native.grouped_mlp(*inputs, _ACTIVATIONS[activation], None, None, out, pre, threads())
     return out, _or_empty(pre, x)
+
+
+def panels_shape(weight: Tensor, parts: int) -> tuple[int, ...]:
+    """The shape of a weight's panels (csrc/cpu/kernels.h, PackWeight) in float32; (0,) where kernels take none."""
+    if not _serves(weight):
+        return (0,)
+    groups, n, k = weight.shape
+    pairs = weight.dtype is torch.bfloat16 and _native.pairs()
+    return groups, parts, (n // parts + 31) // 32, (k + 1) // 2 if pairs else k, 32
+
+
+def pack_weight(weight: Tensor, parts: int) -> Tensor:
+    panels = weight.new_empty(panels_shape(weight, parts), dtype=torch.float32)
+    if _serves(weight):
+        _native.pack_weight(weight, parts, panels, threads())
+    return panels
+
+
+def grouped_mlp_packed(
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    residual: Tensor | None,
+    rows: Tensor,
+    offsets: Tensor,
+    scale: Tensor | None,
+    row_offsets: Tensor,
+    row_slots: Tensor,
+    activation: str,
+    in_panels: Tensor,
+    out_panels: Tensor,
+    packed_isa: str,
+) -> Tensor:
+    inputs = (x, w_in, w_out, b_in, b_out, residual, rows, offsets, scale, row_offsets, row_slots)
+    if not _serves(x):
+        return reference.grouped_mlp(*inputs, activation, False)[0]
+    if packed_isa != isa():
+        raise ValueError(f"panels: expected ones packed for the instruction set {isa()}, got {packed_isa}")
+    if torch_is_faster("grouped_mlp", x.dtype, offsets, w_in, w_out):
+        return torch_matmul.grouped_mlp(*inputs, activation, False)[0]
+    out = x.new_empty(row_offsets.shape[0] - 1, w_out.shape[1])
+    _native.grouped_mlp(*inputs, _ACTIVATIONS[activation], in_panels, out_panels, out, None, threads())
+    return out
 
 
 def grouped_mlp_fits(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dyncore.backends.cpu import panels_shape
+
 
 def _plan(like: Tensor, num_rows: int, num_groups: int, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def ints(size: int) -> Tensor:
@@ -66,6 +68,14 @@ def grouped_linear_backward(
 def grouped_mlp(x, w_in, w_out, b_in, b_out, residual, rows, offsets, scale, row_offsets, row_slots, activation, save):
     out = x.new_empty(row_offsets.shape[0] - 1, w_out.shape[1])
     return out, x.new_empty((rows.shape[0], w_in.shape[1]) if save else (0,))
+
+
+def pack_weight(weight: Tensor, parts: int):
+    return weight.new_empty(panels_shape(weight, parts), dtype=torch.float32)
+
+
+def grouped_mlp_packed(x, w_in, w_out, b_in, b_out, residual, rows, offsets, scale, row_offsets, *others):
+    return x.new_empty(row_offsets.shape[0] - 1, w_out.shape[1])
 
 
 def grouped_mlp_backward(

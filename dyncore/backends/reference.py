@@ -285,6 +285,32 @@ def grouped_mlp(
     return out.to(x.dtype), pre.to(x.dtype) if save else x.new_empty(0)
 
 
+def pack_weight(weight: Tensor, parts: int) -> Tensor:
+    """No panels: of use to the C++ kernels alone."""
+    return weight.new_empty(0, dtype=torch.float32)
+
+
+def grouped_mlp_packed(
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    residual: Tensor | None,
+    rows: Tensor,
+    offsets: Tensor,
+    scale: Tensor | None,
+    row_offsets: Tensor,
+    row_slots: Tensor,
+    activation: str,
+    in_panels: Tensor,
+    out_panels: Tensor,
+    packed_isa: str,
+) -> Tensor:
+    plan = (rows, offsets, scale, row_offsets, row_slots)
+    return grouped_mlp(x, w_in, w_out, b_in, b_out, residual, *plan, activation, False)[0]
+
+
 def grouped_mlp_backward(
     grad: Tensor,
     x: Tensor,

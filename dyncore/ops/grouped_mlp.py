@@ -28,7 +28,7 @@ _forward = torch.ops.dyncore.grouped_mlp.default
 _backward = torch.ops.dyncore.grouped_mlp_backward.default
 
 
-@register_flop_formula(torch.ops.dyncore.grouped_mlp, get_raw=True)
+@register_flop_formula([torch.ops.dyncore.grouped_mlp, torch.ops.dyncore.grouped_mlp_packed], get_raw=True)
 def _forward_flops(x, w_in, w_out, b_in, b_out, residual, rows, offsets, *args, out_val=None, **kwargs) -> int:
     return 2 * live_slots(rows, offsets) * (w_in[0].numel() + w_out[0].numel())
 

@@ -36,7 +36,7 @@ inline Right<T> weight_of_group(const Weight& w, int64_t g, bool transposed) {
   const T* data = static_cast<const T*>(w.data) + g * w.stride_g;
   // The right operand's columns are the weight's N (forward) or K (backward).
   if (transposed) return {data, w.stride_k, w.stride_n, nullptr};
-  return {data, w.stride_n, w.stride_k, nullptr};
+  return {data, w.stride_n, w.stride_k, nullptr, w.panels ? w.panels + g * w.panels_g : nullptr, w.panel};
 }
 
 template <class T>
