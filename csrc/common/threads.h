@@ -12,7 +12,7 @@ struct Team {
   void barrier() const;
 };
 
-// Runs body(context, team) on `threads` threads; on the calling thread alone when threads <= 1.
+// Runs body(context, team) on `threads` threads; on the calling thread alone when threads <= 1 or in a forked process.
 void parallel(int threads, void (*body)(void* context, const Team& team), void* context);
 
 // How many threads work of this size deserves: one below about 50 us, where waking the others costs more than it saves.

@@ -300,28 +300,6 @@ def test_activations_at_the_ends_of_the_exponential(isa, activation):
     assert torch.isnan(derivative[h.isnan()])
 
 
-@pytest.mark.parametrize("operation", ["mlp", "linear"])
-def test_the_bits_do_not_depend_on_the_thread_count(isa, dtype, operation):
-    plan = routed(300, 5)
-    threads = torch.get_num_threads()
-    results = []
-    inputs = mlp_problem((300, 5, 130, 140), dtype, "swiglu")
-    x, weight, bias = inputs[0], inputs[1], inputs[3]
-    grad = randn(300, 130 if operation == "mlp" else 280, dtype=dtype)
-    for count in (1, 2, 4, 1):
-        torch.set_num_threads(count)
-        if operation == "mlp":
-            out, pre = cpu.grouped_mlp(*inputs, None, *plan, "swiglu", True)
-            gradients = cpu.grouped_mlp_backward(grad, *inputs, pre, *plan, "swiglu", [True] * 6)
-        else:
-            out, pre = cpu.grouped_linear(x, weight, bias, *plan, "gelu", True, True, True)
-            gradients = cpu.grouped_linear_backward(grad, x, weight, bias, pre, *plan, "gelu", True, True, [True] * 4)
-        results.append((out, pre, *gradients))
-    torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
 # Plans ------------------------------------------------------------------------------------------------------------
 
 
