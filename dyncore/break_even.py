@@ -121,7 +121,7 @@ def _grid(cells: list[dict[str, Any]], value: Any) -> dict[_Kind, Grid]:
     kinds: dict[_Kind, dict[tuple[int, int], Any]] = {}
     for cell in cells:
         dtype = getattr(torch, cell["dtype"])
-        if cell["rows"] < 1 or cell["weights"] < 1 or not isinstance(dtype, torch.dtype):
+        if not (cell["rows"] >= 1 and cell["weights"] >= 1 and isinstance(dtype, torch.dtype)):
             raise ValueError(f"expected positive sizes and a dtype, got {cell}")
         kinds.setdefault((cell["op"], dtype), {})[cell["rows"], cell["weights"]] = value(cell)
     return {kind: Grid(values) for kind, values in kinds.items()}
@@ -163,7 +163,7 @@ def _load() -> dict[int, Table]:
         if not differing:
             return {int(threads): parse(record).useful() for threads, record in document["threads"].items()}
         problem = f"was measured with {'; '.join(differing)}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError, AttributeError) as error:
         problem = f"cannot be read ({type(error).__name__}: {error})"
     warnings.warn(f"{file} {problem}: the defaults serve; python -m dyncore tune makes a new one", stacklevel=2)
     return {}

@@ -73,7 +73,8 @@ class Plan:
         if not 0 <= num_rows <= _MAX_INDEX:
             raise ValueError(f"num_rows: expected 0..{_MAX_INDEX}, got {num_rows}")
         _expect_scale("scale", scale, rows.shape, rows.device)
-        rows, offsets = rows.int().contiguous(), offsets.int().contiguous()
+        # clamped, so that an int64 that is out of range stays so
+        rows, offsets = (t.clamp(-1, _MAX_INDEX).int().contiguous() for t in (rows, offsets))
         row_offsets, row_slots = _plan_inverse(rows, offsets, num_rows)
         if _is_eager_cpu(rows):
             rises = torch.ones(rows.shape[0] + 1, dtype=torch.bool)  # slot a does not lie below slot a - 1
@@ -160,7 +161,9 @@ pytree.register_pytree_node(
 
 def _is_eager_cpu(t: Tensor) -> bool:
     """Whether `t` holds data that can be counted cheaply, so that a shape may depend on it."""
-    if not t.is_cpu or torch.compiler.is_compiling() or (type(t) is not Tensor and isinstance(t, FakeTensor)):
+    if not t.is_cpu or torch.compiler.is_compiling():
+        return False
+    if type(t) is not Tensor and type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:  # fake, or a wrapper
         return False
     return not _wrapped_by_functorch(t)
 

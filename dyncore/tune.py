@@ -77,7 +77,7 @@ def executor_cell(op: str, dtype: torch.dtype, rows: int, width: int, seconds: f
     with break_even.use(Table()):  # the cpu backend answers with its own kernels
         timings = _rounds({"ours": way(cpu), "torch": way(torch_matmul)}, weights, seconds)
     gflop = 2e-9 * slots * width**2
-    rates = {name: round(gflop / timing.median, 3) for name, timing in timings.items()}
+    rates = {name: float(f"{gflop / timing.median:.4g}") for name, timing in timings.items()}
     return {"op": op, "dtype": str(dtype).removeprefix("torch."), "rows": rows, "weights": width**2, **rates}
 
 

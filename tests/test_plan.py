@@ -255,3 +255,31 @@ def test_bad_calls_name_the_argument(call, kind, message):
     with pytest.raises(kind) as error:
         call()
     assert message in str(error.value)
+
+
+class Wrapper(torch.Tensor):
+    """A tensor subclass without data of its own."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return func(*(a.inner if isinstance(a, Wrapper) else a for a in args), **(kwargs or {}))
+
+
+def test_a_mask_that_is_a_wrapper_subclass_is_left_to_its_dispatch():
+    mask = torch.tensor([True, False, True, False])
+    plan = dc.select(Wrapper(mask))
+    assert plan.rows[: int(plan.offsets[-1])].tolist() == [0, 2]
+
+
+def test_int64_slots_out_of_range_do_not_wrap_into_range():
+    with pytest.raises(IndexError, match="rows"):
+        dc.Plan.from_slots(torch.tensor([2**32]), torch.tensor([0, 1]), num_rows=4)
+    with pytest.raises(ValueError, match="offsets"):
+        dc.Plan.from_slots(torch.tensor([1]), torch.tensor([2**32, 2**32 + 1]), num_rows=4)

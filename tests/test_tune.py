@@ -124,6 +124,9 @@ def test_no_file_means_the_defaults_and_no_warning(folder):
 
 BAD = {
     "not JSON": "{",
+    "brackets without end": "[" * 200_000,
+    "a rate past every float": document(threads={"1": {"masked": [], "executors": [
+        {"op": "grouped_mlp", "dtype": "float32", "rows": 1, "weights": 1, "ours": 10**400, "torch": 1}]}}),
     "not text": b"\xff\xfe".decode("latin1"),
     "another schema": {"schema": "dyncore.tune/0"},
     "a list": [],

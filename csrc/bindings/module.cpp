@@ -311,6 +311,7 @@ PlanBuffers new_plan(const Tensor& rows, const Tensor& offsets, const Tensor& ro
 void make_plan_mask(py::handle mask_, py::handle rows_, py::handle offsets_, py::handle row_offsets_,
                     py::handle row_slots_) {
   const Contiguous mask("mask", mask_);
+  if (mask.type() != kBool) throw py::type_error("mask: expected a bool tensor");
   const Indices rows("rows", rows_), offsets("offsets", offsets_), row_offsets("row_offsets", row_offsets_),
       row_slots("row_slots", row_slots_);
   const PlanBuffers plan = new_plan(rows, offsets, row_offsets, row_slots);
@@ -321,6 +322,8 @@ void make_plan_mask(py::handle mask_, py::handle rows_, py::handle offsets_, py:
 void make_plan_route(py::handle expert_, py::handle rows_, py::handle offsets_, py::handle row_offsets_,
                      py::handle row_slots_, py::handle sources_) {
   const Contiguous expert("expert", expert_);
+  expert.expect_dims(2);
+  if (expert.type() != kInt32 && expert.type() != kInt64) throw py::type_error("expert: expected int32 or int64");
   const Indices rows("rows", rows_), offsets("offsets", offsets_), row_offsets("row_offsets", row_offsets_),
       row_slots("row_slots", row_slots_), sources("sources", sources_);
   const PlanBuffers plan = new_plan(rows, offsets, row_offsets, row_slots);
@@ -333,6 +336,9 @@ void make_plan_topk(py::handle scores_, int64_t k, py::handle rows_, py::handle 
   const Contiguous scores("scores", scores_);
   const Indices rows("rows", rows_), offsets("offsets", offsets_), row_offsets("row_offsets", row_offsets_),
       row_slots("row_slots", row_slots_);
+  scores.expect_dims(2);
+  if (k < 0 || k > scores.size(1))
+    throw py::value_error("k: expected 0.." + std::to_string(scores.size(1)) + ", got " + std::to_string(k));
   const PlanBuffers plan = new_plan(rows, offsets, row_offsets, row_slots);
   py::gil_scoped_release unlocked;
   plan_topk(scores.data<const void>(), scores.type() == kDouble, scores.size(0), scores.size(1), k, plan);

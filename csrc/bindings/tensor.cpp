@@ -133,9 +133,13 @@ Scales::Scales(const char* name, py::handle source, Absence absence) : Tensor(na
 
 bool glance(py::handle source, View& view) {
   if (!is_tensor(source)) return false;
-  if (api->look(source.ptr(), &view) == 0) return view.device_type == kCpu;
-  PyErr_Clear();
-  return false;
+  if (api->look(source.ptr(), &view) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  // A tensor subclass may have a shape and no data of its own.
+  const bool empty = std::find(view.sizes, view.sizes + view.dims, 0) != view.sizes + view.dims;
+  return view.device_type == kCpu && (view.data || empty);
 }
 
 bool fits(py::handle source, const ElementType& type, std::initializer_list<int64_t> shape) {

@@ -31,7 +31,7 @@ struct View {
   uint64_t byte_offset;
 };
 
-constexpr ElementType kInt32{0, 32, 1}, kInt64{0, 64, 1};
+constexpr ElementType kInt32{0, 32, 1}, kInt64{0, 64, 1}, kBool{6, 8, 1};
 constexpr ElementType kFloat16{2, 16, 1}, kFloat{2, 32, 1}, kDouble{2, 64, 1}, kBfloat16{4, 16, 1};
 
 // Finds PyTorch's exchange API; ImportError where it has none. To be called before any tensor is read.

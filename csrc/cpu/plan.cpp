@@ -275,6 +275,22 @@ void topk(const Score* scores, int64_t batch, int64_t sequence, int64_t k, const
   for (int64_t a = 0; a < written; ++a) plan.row_slots[a] = static_cast<int32_t>(a);
 }
 
+// Every slot stands once, in ascending order, in the list of its row: else some row would not be written, another
+// twice.
+void check_inverse(const Plan& plan) {
+  bool agree = true;
+  for (int64_t t = 0; t < plan.num_rows; ++t) {
+    int32_t last = -1;
+    for (int64_t s = plan.row_offsets[t]; s < plan.row_offsets[t + 1]; ++s) {
+      const int32_t slot = plan.row_slots[s];
+      agree &= plan.rows[slot] == t && slot > last;
+      last = slot;
+    }
+  }
+  if (!agree)
+    throw std::invalid_argument("plan.row_slots: expected the slots of each row in plan.rows, ascending, got others");
+}
+
 }  // namespace
 
 void check_plan(const Plan& plan, int64_t row_limit, bool uses_inverse) {
@@ -284,6 +300,7 @@ void check_plan(const Plan& plan, int64_t row_limit, bool uses_inverse) {
   if (!uses_inverse) return;
   check_row_offsets(plan.row_offsets, plan.num_rows, live);
   check_range("plan.row_slots", "slots", plan.row_slots, live, live);
+  check_inverse(plan);
 }
 
 int64_t count_mask(const uint8_t* mask, int64_t size) {

@@ -78,5 +78,7 @@ def grouped_mlp(
             _product(x.index_select(0, rows[s:e]), w_in[g], None if b_in is None else b_in[g], hidden)
             hidden = activations.hidden(hidden, activation)
             _product(hidden, w_out[g], None if b_out is None else b_out[g], y[s:e])
+    if save:
+        pre[groups[-1][2] if groups else 0 :] = 0
     out = torch.ops.dyncore.scatter_rows(y, residual, rows, offsets, scale, row_offsets, row_slots)
     return out, pre if save else x.new_empty(0)

@@ -70,3 +70,22 @@ def test_negated_and_offset_views_are_read_as_their_values():
     rows, offsets = plan[0], plan[1]
     assert torch.equal(torch.ops.dyncore.gather_rows(weight[1:], rows, offsets), weight[1:])
     assert torch.equal(torch.ops.dyncore.gather_rows(torch._neg_view(weight)[1:], rows, offsets), -weight[1:])
+
+
+def test_a_plan_whose_inverse_map_is_of_other_rows_is_refused():
+    def ints(*values):
+        return torch.tensor(values, dtype=torch.int32)
+
+    x, w = torch.ones(3, H), torch.ones(1, H, H)
+    names_row_1_that_no_slot_has = ints(0, 0), ints(0, 2), None, ints(0, 1, 2, 2), ints(0, 1)
+    one_slot_twice = ints(0, 0), ints(0, 2), None, ints(0, 2, 2, 2), ints(0, 0)
+    for plan in (names_row_1_that_no_slot_has, one_slot_twice):
+        with pytest.raises(ValueError, match="row_slots: expected the slots of each row"):
+            torch.ops.dyncore.grouped_linear(x, w, None, *plan, "none", True, True, False)
+
+
+def test_plan_ops_refuse_what_would_lead_them_out_of_their_buffers():
+    with pytest.raises(ValueError, match=r"k: expected 0\.\.4, got 100000"):
+        torch.ops.dyncore.plan_topk(torch.randn(1, 4), 100000)
+    with pytest.raises(TypeError, match="mask: expected a bool tensor"):
+        torch.ops.dyncore.plan_mask(torch.ones(4, 2), 8)

@@ -77,3 +77,13 @@ def test_a_gradient_may_be_asked_of_what_torch_computed_forward():
             grads.append(torch.autograd.grad(out.square().sum(), [x, w]))
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_padding_slots_of_the_saved_pre_activation_are_zero():
+    rows, offsets, row_offsets, row_slots = torch.ops.dyncore.plan_mask(torch.tensor([True] * 4 + [False] * 60), 64)
+    x, w = torch.ones(64, 256), torch.ones(1, 256, 256)
+    dirt = [torch.full((64, 256), 7.0) for _ in range(20)]
+    del dirt
+    plan = (rows, offsets, None, row_offsets, row_slots)
+    _, pre = torch.ops.dyncore.grouped_mlp(x, w, w, None, None, None, *plan, "gelu", True)
+    assert pre[4:].eq(0).all()

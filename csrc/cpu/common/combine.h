@@ -1,5 +1,5 @@
-// Slots back to rows: a panel of 32 columns of slot results is summed through the inverse map, in ascending slot order
-// (pairwise where a row has many), in float, and rounded once. A thread owns its columns for all groups, so there are
+// Slots back to rows: the results of a row's slots are summed through the inverse map, in ascending slot order
+// (pairwise where a row has many), in float, and rounded once. One thread makes the whole sum, so there are
 // no atomics and the bits do not depend on the thread count.
 #pragma once
 #include "common/threads.h"
@@ -21,27 +21,14 @@ DYNCORE_INLINE Row combine_row(const Plan& plan, int64_t t, const T* slots, int6
   return pairwise_sum<Row>(plan.row_offsets[t], plan.row_offsets[t + 1], add_slot);
 }
 
-// out[t][n0:n0+n] = base + sum of scale * slots[a][0:n] over the row's slots, for the rows that have some.
-template <class T>
-inline void combine_panel(const Plan& plan, const float* slots, const float* scale, const Matrix& base, T* out,
-                          int64_t stride, int64_t n0, int n) {
-  const T* base_at = static_cast<const T*>(base.data);
-  for (int64_t t = 0; t < plan.num_rows; ++t) {
-    if (plan.row_offsets[t] == plan.row_offsets[t + 1]) continue;
-    Row total = combine_row(plan, t, slots, NC, scale, NC);
-    if (base_at) total = load_row(base_at + t * base.stride + n0, n) + total;
-    store_row(out + t * stride + n0, total, n);
-  }
-}
-
 inline bool several_slots_in_a_row(const Plan& plan) {
   bool several = false;
   for (int64_t t = 0; t < plan.num_rows; ++t) several |= plan.row_offsets[t + 1] - plan.row_offsets[t] > 1;
   return several;
 }
 
-// The same for all `width` columns of each thread's share of the rows; rows of `slots` are `slots_stride` apart and end
-// in a whole panel.
+// out[t] = base + sum of scale * slots[a] over the row's slots, for those of each thread's share of the rows that have
+// some; rows of `slots` are `slots_stride` apart and end in a whole panel.
 template <class T>
 inline void combine_slots(const Plan& plan, const float* slots, int64_t slots_stride, const float* scale,
                           const Matrix& base, T* out, int64_t stride, int64_t width, const Team& team) {
