@@ -1,6 +1,6 @@
-// Slots back to rows: the results of a row's slots are summed through the inverse map, in ascending slot order
-// (pairwise where a row has many), in float, and rounded once. One thread makes the whole sum, so there are
-// no atomics and the bits do not depend on the thread count.
+// Slots back to rows: slot results are summed through the inverse map, in ascending slot order (pairwise where a row
+// has many), in float, and rounded once. A thread owns its rows, so there are no atomics and the bits do not depend on
+// the thread count.
 #pragma once
 #include "common/threads.h"
 #include "cpu/common/dtype.h"
@@ -27,8 +27,8 @@ inline bool several_slots_in_a_row(const Plan& plan) {
   return several;
 }
 
-// out[t] = base + sum of scale * slots[a] over the row's slots, for those of each thread's share of the rows that have
-// some; rows of `slots` are `slots_stride` apart and end in a whole panel.
+// out[t] = base + sum of scale * slots[a] over the row's slots, for each thread's share of the rows that have some;
+// rows of `slots` are `slots_stride` apart and end in a whole panel.
 template <class T>
 inline void combine_slots(const Plan& plan, const float* slots, int64_t slots_stride, const float* scale,
                           const Matrix& base, T* out, int64_t stride, int64_t width, const Team& team) {

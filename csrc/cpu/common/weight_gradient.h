@@ -9,10 +9,12 @@ namespace dyncore::DYNCORE_ISA {
 
 // Rows of dW that share a packed block of the right operand: packing it costs 1% of their products.
 constexpr int64_t kGradientRows = 16 * MR;
-// Slots whose products are summed before they are added to those of the slots before.
-constexpr int64_t kGradientSlots = 2048;
-// Packed columns of the right operand: a quarter of a common L2 cache.
-constexpr int64_t kGradientBytes = 256 << 10;
+// Slots whose products are summed before they are added to those of the slots before: the packed rows and columns of so
+// many stay in the L2 cache together.
+template <class T>
+constexpr int64_t kGradientSlots = kPairs<T> ? 1024 : 512;
+// Packed columns of the right operand; the next ones come into the L2 cache beside them.
+constexpr int64_t kGradientBytes = 128 << 10;
 
 template <class T>
 inline int64_t slot_words(int64_t slots) {
@@ -45,11 +47,11 @@ class GradientScratch {
   template <class T>
   static GradientScratch plan(int threads, int64_t largest_group, int64_t columns) {
     GradientScratch s;
-    const int64_t words = slot_words<T>(largest_group < kGradientSlots ? largest_group : kGradientSlots);
+    const int64_t words = slot_words<T>(largest_group < kGradientSlots<T> ? largest_group : kGradientSlots<T>);
     const int64_t panel = words * NC * sizeof(float), all = panels_of(columns) * panel;
     s.left_size_ = rounded_bytes(words * kGradientRows * sizeof(float));
     s.right_size_ = rounded_bytes(all < kGradientBytes ? all : (panel > kGradientBytes ? panel : kGradientBytes));
-    if (!kIsFloat<T> && largest_group > kGradientSlots)
+    if (!kIsFloat<T> && largest_group > kGradientSlots<T>)
       s.sums_size_ = rounded_bytes(kGradientRows * panels_of(columns) * NC * sizeof(float));
     s.threads_ = threads;
     return s;
@@ -95,10 +97,37 @@ inline void pack_left(float* to, const ScaledLeft<T>& left, int64_t a0, int64_t 
   }
 }
 
+// to[panel][word][32] = the words of columns k0:end of slots a0:a0+slots.
+template <class T>
+inline void pack_right(float* to, const Right<T>& right, int64_t a0, int64_t slots, int64_t k0, int64_t end) {
+  const int64_t words = slot_words<T>(slots), step = kPairs<T> ? 2 : 1;
+  for (int64_t w = 0; w < words; ++w) {
+    const int64_t a = a0 + w * step, have = slots - w * step < step ? 1 : step;
+    for (int64_t k = k0; k < end; k += NC)
+      pack(to + (k - k0) * words + w * NC, right.from_column(k), a, have, panel_width(end, k));
+  }
+}
+
+// What the right operand's next columns lie in, fetched while tiles are made: some slots with every 16 words.
+template <class T>
+struct NextRight {
+  Right<T> right;  // from the first of the columns
+  int64_t slot, end, step;
+  int64_t lines;
+
+  DYNCORE_INLINE void operator()() {
+    for (int64_t s = slot; s < slot + step && s < end; ++s) {
+      const char* row = reinterpret_cast<const char*>(right.data + (right.index ? right.index[s] : s) * right.stride_k);
+      for (int64_t line = 0; line < lines; ++line) __builtin_prefetch(row + 64 * line, 0, 2);
+    }
+    slot += step;
+  }
+};
+
 // out[r][0:32] (+)= sum over words w of left[w][r] * right[w][0:32], for the first `rows` of MR rows.
 template <class T, class Out>
 inline __attribute__((noinline)) void gradient_tile(const float* left, const float* right, int64_t words, Out* out,
-                                                    int64_t stride, int rows, bool accumulate) {
+                                                    int64_t stride, int rows, bool accumulate, NextRight<T>& next) {
   for (int j0 = 0; j0 < NC; j0 += 2 * VL) {
     vf acc[MR][2];
 #pragma GCC unroll 12
@@ -109,6 +138,7 @@ inline __attribute__((noinline)) void gradient_tile(const float* left, const flo
     const float* a = left;
     const float* b = right + j0;
     for (int64_t w = 0; w < words; ++w, a += MR, b += NC) {
+      if (w % 16 == 0 && j0 == 0) next();
       const vf b0 = load(b), b1 = load(b + VL);
 #pragma GCC unroll 12
       for (int r = 0; r < MR; ++r) {
@@ -144,17 +174,20 @@ inline void weight_gradient_rows(T* dw, int64_t columns, int64_t n0, int64_t n, 
   float* const packed_left = scratch.left(thread);
   float* const packed_right = scratch.right(thread);
   const int64_t chain = slot_words<T>(kChainDepth);
-  for (int64_t a0 = 0; a0 < m; a0 += kGradientSlots) {
-    const bool last = m - a0 <= kGradientSlots;
-    const int64_t slots = last ? m - a0 : kGradientSlots, words = slot_words<T>(slots);
+  for (int64_t a0 = 0; a0 < m; a0 += kGradientSlots<T>) {
+    const bool last = m - a0 <= kGradientSlots<T>;
+    const int64_t slots = last ? m - a0 : kGradientSlots<T>, words = slot_words<T>(slots);
     const bool direct = m <= kChainDepth;
     pack_left(packed_left, left, a0, slots, n0, n);
     const int64_t fit = kGradientBytes / (words * NC * static_cast<int64_t>(sizeof(float)));
     const int64_t block = (fit > 1 ? fit : 1) * NC;
     for (int64_t k0 = 0; k0 < columns; k0 += block) {
       const int64_t end = columns - k0 < block ? columns : k0 + block;
-      for (int64_t k = k0; k < end; k += NC)
-        pack(packed_right + (k - k0) * words, right.from_column(k), a0, slots, panel_width(columns, k));
+      pack_right(packed_right, right, a0, slots, k0, end);
+      const int64_t calls = (n + MR - 1) / MR * panels_of(end - k0) * ((words + 15) / 16);
+      const int64_t after = columns - end < block ? columns - end : block;
+      NextRight<T> next{right.from_column(end), a0, a0 + (after > 0 ? slots : 0), (slots + calls - 1) / calls,
+                        (after * static_cast<int64_t>(sizeof(T)) + 63) / 64};
       for (int64_t r0 = 0; r0 < n; r0 += MR) {
         const int rows = static_cast<int>(n - r0 < MR ? n - r0 : MR);
         const float* a = packed_left + r0 * words;
@@ -163,12 +196,12 @@ inline void weight_gradient_rows(T* dw, int64_t columns, int64_t n0, int64_t n, 
           const int width = panel_width(columns, k);
           T* to = dw + (n0 + r0) * columns + k;
           if (direct && width == NC) {
-            gradient_tile<T>(a, b, words, to, columns, rows, false);
+            gradient_tile<T>(a, b, words, to, columns, rows, false, next);
             continue;
           }
           float tile[MR * NC];
           for (int64_t w = 0; w < words; w += chain)
-            gradient_tile<T>(a + w * MR, b + w * NC, words - w < chain ? words - w : chain, tile, NC, MR, w > 0);
+            gradient_tile<T>(a + w * MR, b + w * NC, words - w < chain ? words - w : chain, tile, NC, MR, w > 0, next);
           for (int r = 0; r < rows; ++r) {
             Row row = load_row(tile + r * NC, NC);
             if constexpr (kIsFloat<T>) {
