@@ -7,7 +7,8 @@
 namespace dyncore {
 
 // Throws std::invalid_argument or std::out_of_range unless every index that a kernel will follow is in bounds:
-// offsets rise from 0 to at most the capacity, live rows lie in [0, row_limit), and the inverse map is that of the rows.
+// offsets rise from 0 to at most the capacity, live rows lie in [0, row_limit), and the inverse map is that of the
+// rows.
 void check_plan(const Plan& plan, int64_t row_limit, bool uses_inverse);
 
 // A mask is read as bytes, and any but 0 is true: memory that others made bool may hold 255.
