@@ -163,9 +163,13 @@ def _is_eager_cpu(t: Tensor) -> bool:
     """Whether `t` holds data that can be counted cheaply, so that a shape may depend on it."""
     if not t.is_cpu or torch.compiler.is_compiling():
         return False
-    if type(t) is not Tensor and type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:  # fake, or a wrapper
+    if type(t) is not Tensor and _dispatch(type(t)) is not _dispatch(Tensor):  # fake, or a wrapper
         return False
     return not _wrapped_by_functorch(t)
+
+
+def _dispatch(cls: type[Tensor]) -> object:
+    return cls.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _expect_int(name: str, value: object) -> None:
