@@ -20,6 +20,11 @@ def run(*args, command=(sys.executable, "-m", "dyncore"), **kwargs):
     return subprocess.run([*command, *args], capture_output=True, text=True, timeout=300, env=ENVIRONMENT, **kwargs)
 
 
+def heed_ctrl_c():
+    """A shell's background job starts with SIGINT ignored, which Python and its children then keep."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def without(packages, *args):
     """`dyncore *args` where `packages` cannot be imported."""
     code = f"import sys\nfor p in {packages!r}: sys.modules[p] = None\n"
@@ -120,7 +125,7 @@ def test_ctrl_c_while_the_parts_of_a_command_are_imported_is_quiet():
         "builtins.__import__ = interrupted\n"
         "sys.exit(main(['env']))"
     )
-    done = run(command=(sys.executable, "-c", code))
+    done = run(command=(sys.executable, "-c", code), preexec_fn=heed_ctrl_c)
     assert (done.returncode, done.stderr) == (130, "Interrupted\n")
 
 
@@ -159,14 +164,16 @@ def test_names_and_dtype_choose_points(tmp_path):
 def test_ctrl_c_keeps_what_was_measured(tmp_path):
     pytest.importorskip("matplotlib")
     command = [sys.executable, "-m", "dyncore", "bench", "--tiny", "--seconds", "2", "--out", str(tmp_path)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "results.json").exists():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, preexec_fn=heed_ctrl_c
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "results.json").exists():
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     results = read_results(tmp_path / "results.json")
     assert results["interrupted"]
