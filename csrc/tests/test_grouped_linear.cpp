@@ -154,15 +154,23 @@ void test_grouped_linear() {
       }
     }
   }
-  // Deeper than one packed panel, in inputs, outputs and slots.
-  const TestPlan few_and_many = make_plan(random, "few and many", 30, {2, 60}),
-                 long_group = make_plan(random, "long", 50, {3, 2500});
+  // Deeper than one packed panel, in inputs, outputs and slots; deeper than the cache that the rows of the dot form
+  // stay in; groups that are cut into pieces; no inputs, no outputs.
+  const TestPlan few_and_many = make_plan(random, "few and many", 30, {2, 60});
+  const TestPlan dot = make_plan(random, "dot form", 20, {48, 11}),
+                 long_group = make_plan(random, "long", 50, {3, 2500}),
+                 pieces = make_plan(random, "pieces", 50, {3, 900});
+  const Layout adjacent = Layout::inputs_adjacent;
   for (Dtype dtype : kDtypes) {
     for (Layout layout : kLayouts) {
       run({few_and_many, {35, 4133}, dtype, Activation::none, layout, true, true, true, true, 0}, random, 0);
       run({few_and_many, {2100, 33}, dtype, Activation::gelu, layout, true, true, true, true, 0}, random, 0);
     }
-    run({long_group, {9, 35}, dtype, Activation::silu, Layout::inputs_adjacent, true, false, true, true, 0}, random, 0);
+    run({dot, {3, 24001}, dtype, Activation::none, adjacent, true, true, true, true, 0}, random, 0);
+    run({long_group, {9, 35}, dtype, Activation::silu, adjacent, true, false, true, true, 0}, random, 0);
+    run({pieces, {2, 2600}, dtype, Activation::relu, adjacent, true, true, true, true, 0}, random, 0);
+    run({dot, {5, 0}, dtype, Activation::none, adjacent, true, true, true, true, 0}, random, 0);
+    run({dot, {0, 5}, dtype, Activation::none, adjacent, true, true, true, true, 0}, random, 0);
   }
 }
 

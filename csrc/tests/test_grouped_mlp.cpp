@@ -133,8 +133,8 @@ void forward(const std::string& name, const Case& c, const Problem& p, bool save
     out.emplace_back(c.plan.num_rows, c.h(), c.dtype);
     if (save) out.emplace_back(c.plan.capacity, c.width(), c.dtype);
     Buffer<float> in_panels, out_panels;
-    const Weight in = pack(kernels, c.dtype, c.plan.groups, c.width() / c.i(), {c.i(), c.h()}, w_in.weight(), packed,
-                           threads, in_panels);
+    const Weight in = pack(kernels, c.dtype, c.plan.groups, is_gated(c.activation) ? 2 : 1, {c.i(), c.h()},
+                           w_in.weight(), packed, threads, in_panels);
     const Weight back =
         pack(kernels, c.dtype, c.plan.groups, 1, {c.h(), c.i()}, w_out.weight(), packed, threads, out_panels);
     kernels.grouped_mlp({c.plan.view(c.scaled), c.dtype, c.activation, c.h(), c.i(), x.matrix(), in, back,
@@ -200,12 +200,19 @@ void test_grouped_mlp() {
       }
     }
   }
+  // Deeper than one packed panel, in inputs, outputs and slots; hidden activations in several blocks; no inputs, no
+  // hidden columns.
   const TestPlan few_and_many = make_plan(random, "few and many", 30, {2, 60});
   const TestPlan long_group = make_plan(random, "long", 50, {3, 2500});
+  const TestPlan blocks = make_plan(random, "blocks", 50, {3, 900});
+  const Layout adjacent = Layout::inputs_adjacent;
   for (Dtype dtype : kDtypes) {
-    run({few_and_many, {35, 2100}, dtype, Activation::swiglu, Layout::inputs_adjacent, true, true, true, 0}, random, 0);
-    run({few_and_many, {2100, 33}, dtype, Activation::gelu, Layout::inputs_adjacent, true, true, true, 0}, random, 0);
-    run({long_group, {9, 35}, dtype, Activation::reglu, Layout::inputs_adjacent, true, true, true, 0}, random, 0);
+    run({few_and_many, {35, 2100}, dtype, Activation::swiglu, adjacent, true, true, true, 0}, random, 4);
+    run({few_and_many, {2100, 33}, dtype, Activation::gelu, adjacent, true, true, true, 0}, random, 0);
+    run({long_group, {9, 35}, dtype, Activation::reglu, adjacent, true, true, true, 0}, random, 0);
+    run({blocks, {3000, 2}, dtype, Activation::silu, adjacent, true, true, true, 0}, random, 0);
+    run({few_and_many, {5, 0}, dtype, Activation::geglu, adjacent, true, true, true, 0}, random, 0);
+    run({few_and_many, {0, 5}, dtype, Activation::geglu, adjacent, true, true, true, 0}, random, 0);
   }
 }
 
