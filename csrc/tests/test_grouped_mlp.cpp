@@ -56,11 +56,13 @@ double hidden(const Case& c, const Dense& pre, int64_t a, int64_t j) {
 Dense values(const Case& c, const Problem& p, const Dense& pre) {
   Dense out(c.plan.num_rows, c.h());
   if (c.residual) out = p.residual;
+  std::vector<double> u(static_cast<size_t>(c.i()));
   for (int64_t a = 0; a < c.plan.live; ++a) {
     const int64_t g = c.plan.group_of(a);
+    for (int64_t j = 0; j < c.i(); ++j) u[static_cast<size_t>(j)] = hidden(c, pre, a, j);
     for (int64_t k = 0; k < c.h(); ++k) {
       double y = c.biased ? p.b_out(g, k) : 0.0;
-      for (int64_t j = 0; j < c.i(); ++j) y += p.w_out(g * c.h() + k, j) * hidden(c, pre, a, j);
+      for (int64_t j = 0; j < c.i(); ++j) y += p.w_out(g * c.h() + k, j) * u[static_cast<size_t>(j)];
       out(c.plan.rows[a], k) += c.plan.scale_of(a, c.scaled) * y;
     }
   }
@@ -124,10 +126,10 @@ Weight pack(const Kernels& kernels, Dtype dtype, int64_t groups, int64_t parts, 
   return weight;
 }
 
-void forward(const std::string& name, const Case& c, const Problem& p, bool save, bool packed) {
+void forward(const std::string& name, const Case& c, const Problem& p, const Dense& pre, const Dense& want, bool save,
+             bool packed) {
   const Image x(p.x, c.dtype, c.gap), b_in(p.b_in, c.dtype), b_out(p.b_out, c.dtype), residual(p.residual, c.dtype);
   const WeightImage w_in(p.w_in, c.plan.groups, c.dtype, c.layout), w_out(p.w_out, c.plan.groups, c.dtype, c.layout);
-  const Dense pre = pre_activation(c, p), want = values(c, p, pre);
   const auto make = [&](const Kernels& kernels, int threads) {
     Outputs out;
     out.emplace_back(c.plan.num_rows, c.h(), c.dtype);
@@ -176,8 +178,8 @@ void run(const Case& c, Random& random, unsigned needs) {
                            std::to_string(c.h()) + ", I " + std::to_string(c.i()) + ", activation " +
                            std::to_string(int(c.activation)) + ", layout " + std::to_string(int(c.layout));
   const Problem p(c, random);
-  forward(name, c, p, needs % 2 == 0, false);
-  forward(name, c, p, needs % 2 == 0, true);
+  const Dense pre = pre_activation(c, p), out = values(c, p, pre);
+  for (bool packed : {false, true}) forward(name, c, p, pre, out, needs % 2 == 0, packed);
   const unsigned all = (c.biased ? 31u : 7u) | (c.scaled ? 32u : 0u);
   const Gradients want = gradients(c, p);
   backward(name, c, p, want, all);
