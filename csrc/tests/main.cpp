@@ -13,6 +13,7 @@ int main() {
   };
   const Part parts[] = {{"plans", test_plans},
                         {"check_plan", test_check_plan},
+                        {"workspaces", test_workspaces},
                         {"rows", test_rows},
                         {"grouped_linear", test_grouped_linear},
                         {"grouped_mlp", test_grouped_mlp},

@@ -7,6 +7,7 @@ namespace dyncore::tests {
 
 void test_plans();
 void test_check_plan();
+void test_workspaces();
 void test_rows();
 void test_grouped_linear();
 void test_grouped_mlp();

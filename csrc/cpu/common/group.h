@@ -21,10 +21,11 @@ inline int64_t groups_with_slots(const Plan& plan) {
   return count;
 }
 
-// Row length of a workspace: whole panels, and not a multiple of 4096 bytes, which would map all rows of a register
-// tile to the same cache set.
+// Row length of a workspace: whole panels, and in no dtype a multiple of 4096 bytes, which would map all rows of a
+// register tile to the same cache set.
 inline int64_t workspace_stride(int64_t columns) {
-  return (columns + NC - 1) / NC * NC + NC;
+  const int64_t stride = (columns + NC - 1) / NC * NC + NC;
+  return stride % (4096 / sizeof(float)) == 0 ? stride + NC : stride;
 }
 
 inline size_t panel_buffer_bytes(int64_t rows) {
