@@ -68,7 +68,8 @@ template <class T>
 void store_partials(const Backward<T>& b, const Cut::Item& item, const float* dx) {
   const Left<T> x = b.x(item.piece.first);
   for (int64_t r = 0; r < item.piece.rows; ++r) {
-    const Row d = load_row(dx + r * NC, NC), xr = load_row(x.row(r) + item.n0, item.n);
+    // columns past n may hold NaN: infinity times the 0 of an absent column
+    const Row d = load_row(dx + r * NC, item.n), xr = load_row(x.row(r) + item.n0, item.n);
     vf products = {};
     for (int j = 0; j < NV; ++j) products += d.v[j] * xr.v[j];
     b.partials.row(item.n0 / NC)[item.piece.first + r] = sum(products);

@@ -43,7 +43,7 @@ void finish_hidden(const Backward<T>& b, const Cut::Item& item, const float* dv_
   for (int64_t r = 0; r < item.piece.rows; ++r, pre += op.pre.stride) {
     const int64_t a = item.piece.first + r;
     const float scale = op.plan.scale ? op.plan.scale[a] : 1.0f;
-    const Row dv = load_row(dv_at + r * NC, NC), h = load_row(pre, n);
+    const Row dv = load_row(dv_at + r * NC, n), h = load_row(pre, n);  // past n: infinity times 0 may have been added
     const Row v = b.gated ? load_row(pre + op.i, n) : zero_row();
     Row u, dgate, dup;
     vf products = {};
