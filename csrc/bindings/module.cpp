@@ -67,13 +67,13 @@ void launch(void (*Kernels::*kernel)(const Op&), const Op& op, bool uses_inverse
 // Arguments stand in the order of the op's schema (dyncore/backends/__init__.py), then outputs, then the thread count.
 // An output is a fresh tensor or None.
 
-void gather_rows(py::handle x_, py::handle rows_, py::handle offsets_, py::handle out_, int element_bytes,
-                 int threads) {
+void gather_rows(py::handle x_, py::handle rows_, py::handle offsets_, py::handle out_, int threads) {
   const Rows x("x", x_);
   const PlanTensors p(rows_, offsets_, py::none(), py::none(), py::none(), x.size(0));
-  const Tensor out("out", out_);
+  const Output out("out", out_);
   const int64_t width = x.size(1);
-  out.expect_shape({p.plan.capacity, width});
+  out.expect(x.type(), {p.plan.capacity, width});
+  const int element_bytes = x.type().bits * x.type().lanes / 8;
   const GatherRows op{p.plan, x.matrix(), {out.data(), width}, width, element_bytes, threads};
   launch(&Kernels::gather_rows, op, false);
 }
@@ -82,13 +82,13 @@ void scatter_rows(py::handle y_, py::handle base_, py::handle rows_, py::handle 
                   py::handle row_offsets_, py::handle row_slots_, py::handle out_, int threads) {
   const Rows y("y", y_), base("base", base_, Absence::allowed);
   const PlanTensors p(rows_, offsets_, scale_, row_offsets_, row_slots_, rows_of(row_offsets_));
-  const Tensor out("out", out_);
+  const Output out("out", out_);
   const int64_t width = y.size(1);
   expect_slots(p, {&y});
   expect_rows(p, {&base});
   base.expect_type_of(y);
   base.expect_shape({p.plan.num_rows, width});
-  out.expect_shape({p.plan.num_rows, width});
+  out.expect(y.type(), {p.plan.num_rows, width});
   const ScatterRows op{p.plan, kernel_dtype(y), y.matrix(), base.matrix(), {out.data(), width}, width, threads};
   launch(&Kernels::scatter_rows, op, true);
 }
@@ -97,12 +97,14 @@ void scatter_rows_backward(py::handle grad_, py::handle y_, py::handle rows_, py
                            int64_t num_rows, py::handle dy_, py::handle dscale_, int threads) {
   const Rows grad("grad", grad_), y("y", y_);
   const PlanTensors p(rows_, offsets_, scale_, py::none(), py::none(), num_rows);
-  const Tensor dy("dy", dy_, Absence::allowed), dscale("dscale", dscale_, Absence::allowed);
+  const Output dy("dy", dy_, Absence::allowed), dscale("dscale", dscale_, Absence::allowed);
   const int64_t width = y.size(1);
-  expect_slots(p, {&y, &dy, &dscale});
+  expect_slots(p, {&y});
   expect_rows(p, {&grad});
   grad.expect_type_of(y);
   grad.expect_shape({num_rows, width});
+  dy.expect(y.type(), {p.plan.capacity, width});
+  dscale.expect(kFloat, {p.plan.capacity});
   const ScatterRowsBackward op{p.plan,    kernel_dtype(y),      grad.matrix(), y.matrix(),
                                dy.data(), dscale.data<float>(), width,         threads};
   launch(&Kernels::scatter_rows_backward, op, false);
@@ -114,15 +116,15 @@ void grouped_linear(py::handle x_, py::handle weight_, py::handle bias_, py::han
   const Rows x("x", x_), bias("bias", bias_, Absence::allowed);
   const Weights weight("weight", weight_);
   const PlanTensors p(rows_, offsets_, scale_, row_offsets_, row_slots_, rows_of(row_offsets_));
-  const Tensor out("out", out_), pre("pre", pre_, Absence::allowed);
+  const Output out("out", out_), pre("pre", pre_, Absence::allowed);
   const int64_t n = weight.size(1), k = weight.size(2);
   gather ? expect_rows(p, {&x}) : expect_slots(p, {&x});
   for (const Tensor* t : {static_cast<const Tensor*>(&weight), static_cast<const Tensor*>(&bias)}) t->expect_type_of(x);
   x.expect_shape({x.size(0), k});
   weight.expect_shape({p.plan.groups, n, k});
   bias.expect_shape({p.plan.groups, n});
-  out.expect_shape({scatter ? p.plan.num_rows : p.plan.capacity, n});
-  pre.expect_shape({p.plan.capacity, n});
+  out.expect(x.type(), {scatter ? p.plan.num_rows : p.plan.capacity, n});
+  pre.expect(x.type(), {p.plan.capacity, n});
   const GroupedLinear op{p.plan,     kernel_dtype(x), Activation(activation), gather,     scatter,    n,      k,
                          x.matrix(), weight.weight(), bias.matrix(),          out.data(), pre.data(), threads};
   launch(&Kernels::grouped_linear, op, scatter);
@@ -132,15 +134,16 @@ void grouped_linear_backward(py::handle grad_, py::handle x_, py::handle weight_
                              py::handle rows_, py::handle offsets_, py::handle scale_, py::handle row_offsets_,
                              py::handle row_slots_, int activation, bool gather, bool scatter, py::handle dx_,
                              py::handle dweight_, py::handle dbias_, py::handle dscale_, int threads) {
-  const Rows grad("grad", grad_), x("x", x_), bias("bias", bias_, Absence::allowed), pre("pre", pre_, Absence::allowed);
+  const Rows grad("grad", grad_), x("x", x_), bias("bias", bias_, Absence::allowed),
+      pre("pre", pre_, Activation(activation) == Activation::none ? Absence::allowed : Absence::refused);
   const Weights weight("weight", weight_);
   const PlanTensors p(rows_, offsets_, scale_, row_offsets_, row_slots_, rows_of(row_offsets_));
-  const Tensor dx("dx", dx_, Absence::allowed), dweight("dweight", dweight_, Absence::allowed),
+  const Output dx("dx", dx_, Absence::allowed), dweight("dweight", dweight_, Absence::allowed),
       dbias("dbias", dbias_, Absence::allowed), dscale("dscale", dscale_, Absence::allowed);
   const int64_t n = weight.size(1), k = weight.size(2);
   gather ? expect_rows(p, {&x}) : expect_slots(p, {&x});
   scatter ? expect_rows(p, {&grad}) : expect_slots(p, {&grad});
-  expect_slots(p, {&pre, &dscale});
+  expect_slots(p, {&pre});
   const std::initializer_list<const Tensor*> alike{&grad, &weight, &bias, &pre};
   for (const Tensor* t : alike) t->expect_type_of(x);
   x.expect_shape({x.size(0), k});
@@ -148,6 +151,10 @@ void grouped_linear_backward(py::handle grad_, py::handle x_, py::handle weight_
   pre.expect_shape({p.plan.capacity, n});
   weight.expect_shape({p.plan.groups, n, k});
   bias.expect_shape({p.plan.groups, n});
+  dx.expect(x.type(), {x.size(0), k});
+  dweight.expect(x.type(), {p.plan.groups, n, k});
+  dbias.expect(x.type(), {p.plan.groups, n});
+  dscale.expect(kFloat, {p.plan.capacity});
   const GroupedLinearBackward op{p.plan,
                                  kernel_dtype(x),
                                  Activation(activation),
@@ -174,10 +181,10 @@ bool pairs() {
 }
 
 // The weight with its panels, where there are any: see PackWeight.
-Weight with_panels(const Weights& weight, int64_t parts, const Contiguous& panels) {
+Weight with_panels(const Weights& weight, int64_t parts, const Tensor& panels) {
   Weight w = weight.weight();
   if (!panels) return w;
-  if (panels.type() != kFloat) throw py::type_error("panels: expected float32");
+  panels.expect_type(kFloat);
   const int64_t count = (weight.size(1) / parts + 31) / 32, k = weight.size(2);
   const int64_t words = kernel_dtype(weight) == Dtype::bfloat16 && kernels().pairs ? (k + 1) / 2 : k;
   panels.expect_shape({weight.size(0), parts, count, words, 32});
@@ -189,7 +196,10 @@ Weight with_panels(const Weights& weight, int64_t parts, const Contiguous& panel
 
 void pack_weight(py::handle weight_, int64_t parts, py::handle panels_, int threads) {
   const Weights weight("weight", weight_);
-  const Contiguous panels("panels", panels_);
+  if (parts < 1 || weight.size(1) % parts != 0)
+    throw py::value_error("parts: expected a divisor of the weight's " + std::to_string(weight.size(1)) +
+                          " outputs, got " + std::to_string(parts));
+  const Output panels("panels", panels_);
   const Weight w = with_panels(weight, parts, panels);
   const PackWeight op{kernel_dtype(weight), weight.size(0), parts, weight.size(1), weight.size(2), w,
                       panels.data<float>(), threads};
@@ -208,7 +218,7 @@ void grouped_mlp(py::handle x_, py::handle w_in_, py::handle w_out_, py::handle 
   const PlanTensors p(rows_, offsets_, scale_, row_offsets_, row_slots_, rows_of(row_offsets_));
   const Contiguous in_panels("in_panels", in_panels_, Absence::allowed),
       out_panels("out_panels", out_panels_, Absence::allowed);
-  const Tensor out("out", out_), pre("pre", pre_, Absence::allowed);
+  const Output out("out", out_), pre("pre", pre_, Absence::allowed);
   const int64_t h = w_out.size(1), i = w_out.size(2), width = is_gated(Activation(activation)) ? 2 * i : i;
   expect_rows(p, {&x, &residual});
   const std::initializer_list<const Tensor*> alike{&w_in, &w_out, &b_in, &b_out, &residual};
@@ -219,8 +229,8 @@ void grouped_mlp(py::handle x_, py::handle w_in_, py::handle w_out_, py::handle 
   w_out.expect_shape({p.plan.groups, h, i});
   b_in.expect_shape({p.plan.groups, width});
   b_out.expect_shape({p.plan.groups, h});
-  out.expect_shape({p.plan.num_rows, h});
-  pre.expect_shape({p.plan.capacity, width});
+  out.expect(x.type(), {p.plan.num_rows, h});
+  pre.expect(x.type(), {p.plan.capacity, width});
   const GroupedMlp op{p.plan,
                       kernel_dtype(x),
                       Activation(activation),
@@ -265,12 +275,12 @@ void grouped_mlp_backward(py::handle grad_, py::handle x_, py::handle w_in_, py:
   const Rows grad("grad", grad_), x("x", x_), b_out("b_out", b_out_, Absence::allowed), pre("pre", pre_);
   const Weights w_in("w_in", w_in_), w_out("w_out", w_out_);
   const PlanTensors p(rows_, offsets_, scale_, row_offsets_, row_slots_, rows_of(row_offsets_));
-  const Tensor dx("dx", dx_, Absence::allowed), dw_in("dw_in", dw_in_, Absence::allowed),
+  const Output dx("dx", dx_, Absence::allowed), dw_in("dw_in", dw_in_, Absence::allowed),
       dw_out("dw_out", dw_out_, Absence::allowed), db_in("db_in", db_in_, Absence::allowed),
       db_out("db_out", db_out_, Absence::allowed), dscale("dscale", dscale_, Absence::allowed);
   const int64_t h = w_out.size(1), i = w_out.size(2), width = is_gated(Activation(activation)) ? 2 * i : i;
   expect_rows(p, {&grad, &x});
-  expect_slots(p, {&pre, &dscale});
+  expect_slots(p, {&pre});
   const std::initializer_list<const Tensor*> alike{&grad, &w_in, &w_out, &b_out, &pre};
   for (const Tensor* t : alike) t->expect_type_of(x);
   x.expect_shape({p.plan.num_rows, h});
@@ -279,6 +289,12 @@ void grouped_mlp_backward(py::handle grad_, py::handle x_, py::handle w_in_, py:
   w_out.expect_shape({p.plan.groups, h, i});
   b_out.expect_shape({p.plan.groups, h});
   pre.expect_shape({p.plan.capacity, width});
+  dx.expect(x.type(), {p.plan.num_rows, h});
+  dw_in.expect(x.type(), {p.plan.groups, width, h});
+  dw_out.expect(x.type(), {p.plan.groups, h, i});
+  db_in.expect(x.type(), {p.plan.groups, width});
+  db_out.expect(x.type(), {p.plan.groups, h});
+  dscale.expect(kFloat, {p.plan.capacity});
   const GroupedMlpBackward op{p.plan,
                               kernel_dtype(x),
                               Activation(activation),
@@ -302,19 +318,45 @@ void grouped_mlp_backward(py::handle grad_, py::handle x_, py::handle w_in_, py:
 
 // Plans --------------------------------------------------------------------------------------------------------------
 
-// Fresh buffers of a plan: rows [A], offsets [G+1], row_offsets [T+1], row_slots [A].
-PlanBuffers new_plan(const Tensor& rows, const Tensor& offsets, const Tensor& row_offsets, const Tensor& row_slots) {
-  return {rows.data<int32_t>(), offsets.data<int32_t>(), row_offsets.data<int32_t>(), row_slots.data<int32_t>(),
-          rows.size(0),         offsets.size(0) - 1,     row_offsets.size(0) - 1};
+// The lists of a plan being made: rows [A], offsets [G+1], row_offsets [T+1], row_slots [A], whose length is not known
+// from elsewhere; 0 slots or more.
+struct NewPlan {
+  Output rows, offsets, row_offsets, row_slots;
+
+  NewPlan(py::handle rows_, py::handle offsets_, py::handle row_offsets_, py::handle row_slots_)
+      : rows("rows", rows_),
+        offsets("offsets", offsets_),
+        row_offsets("row_offsets", row_offsets_),
+        row_slots("row_slots", row_slots_) {
+    for (const Output* list : {&rows, &offsets, &row_offsets, &row_slots}) list->expect_dims(1);
+  }
+
+  PlanBuffers expect(int64_t num_rows, int64_t groups, int64_t capacity) const {
+    rows.expect(kInt32, {capacity});
+    offsets.expect(kInt32, {groups + 1});
+    row_offsets.expect(kInt32, {num_rows + 1});
+    row_slots.expect(kInt32, {capacity});
+    return {rows.data<int32_t>(),
+            offsets.data<int32_t>(),
+            row_offsets.data<int32_t>(),
+            row_slots.data<int32_t>(),
+            capacity,
+            groups,
+            num_rows};
+  }
+};
+
+void expect_indices(const Tensor& expert) {
+  if (expert.type() != kInt32 && expert.type() != kInt64) throw py::type_error("expert: expected int32 or int64");
 }
 
 void make_plan_mask(py::handle mask_, py::handle rows_, py::handle offsets_, py::handle row_offsets_,
                     py::handle row_slots_) {
   const Contiguous mask("mask", mask_);
   if (mask.type() != kBool) throw py::type_error("mask: expected a bool tensor");
-  const Indices rows("rows", rows_), offsets("offsets", offsets_), row_offsets("row_offsets", row_offsets_),
-      row_slots("row_slots", row_slots_);
-  const PlanBuffers plan = new_plan(rows, offsets, row_offsets, row_slots);
+  if (mask.dims() != 1) mask.expect_dims(2);
+  const NewPlan lists(rows_, offsets_, row_offsets_, row_slots_);
+  const PlanBuffers plan = lists.expect(mask.size(0), mask.dims() == 2 ? mask.size(1) : 1, lists.rows.size(0));
   py::gil_scoped_release unlocked;
   plan_mask(mask.data<const uint8_t>(), plan);
 }
@@ -323,31 +365,39 @@ void make_plan_route(py::handle expert_, py::handle rows_, py::handle offsets_, 
                      py::handle row_slots_, py::handle sources_) {
   const Contiguous expert("expert", expert_);
   expert.expect_dims(2);
-  if (expert.type() != kInt32 && expert.type() != kInt64) throw py::type_error("expert: expected int32 or int64");
-  const Indices rows("rows", rows_), offsets("offsets", offsets_), row_offsets("row_offsets", row_offsets_),
-      row_slots("row_slots", row_slots_), sources("sources", sources_);
-  const PlanBuffers plan = new_plan(rows, offsets, row_offsets, row_slots);
+  expect_indices(expert);
+  const NewPlan lists(rows_, offsets_, row_offsets_, row_slots_);
+  if (lists.offsets.size(0) < 1) lists.offsets.expect_length(1, "entries at least");
+  const PlanBuffers plan = lists.expect(expert.size(0), lists.offsets.size(0) - 1, lists.rows.size(0));
+  const Output sources("sources", sources_);
+  sources.expect(kInt32, {plan.capacity});
   py::gil_scoped_release unlocked;
-  plan_route(expert.data<const void>(), expert.type() == kInt64, expert.size(1), sources.list(), plan);
+  plan_route(expert.data<const void>(), expert.type() == kInt64, expert.size(1), sources.data<int32_t>(), plan);
 }
 
 void make_plan_topk(py::handle scores_, int64_t k, py::handle rows_, py::handle offsets_, py::handle row_offsets_,
                     py::handle row_slots_) {
   const Contiguous scores("scores", scores_);
-  const Indices rows("rows", rows_), offsets("offsets", offsets_), row_offsets("row_offsets", row_offsets_),
-      row_slots("row_slots", row_slots_);
   scores.expect_dims(2);
+  if (scores.type() != kFloat && scores.type() != kDouble) throw py::type_error("scores: expected float32 or float64");
   if (k < 0 || k > scores.size(1))
     throw py::value_error("k: expected 0.." + std::to_string(scores.size(1)) + ", got " + std::to_string(k));
-  const PlanBuffers plan = new_plan(rows, offsets, row_offsets, row_slots);
+  const NewPlan lists(rows_, offsets_, row_offsets_, row_slots_);
+  const PlanBuffers plan = lists.expect(scores.elements(), 1, scores.size(0) * k);
   py::gil_scoped_release unlocked;
   plan_topk(scores.data<const void>(), scores.type() == kDouble, scores.size(0), scores.size(1), k, plan);
 }
 
 void make_plan_inverse(py::handle rows_, py::handle offsets_, py::handle row_offsets_, py::handle row_slots_) {
-  const Indices rows("rows", rows_), offsets("offsets", offsets_), row_offsets("row_offsets", row_offsets_),
-      row_slots("row_slots", row_slots_);
-  const PlanBuffers b = new_plan(rows, offsets, row_offsets, row_slots);
+  const Indices rows("plan.rows", rows_), offsets("plan.offsets", offsets_);
+  if (offsets.size(0) < 1) offsets.expect_length(1, "entries at least");
+  const Output row_offsets("row_offsets", row_offsets_), row_slots("row_slots", row_slots_);
+  row_offsets.expect_dims(1);
+  if (row_offsets.size(0) < 1) row_offsets.expect_length(1, "entries at least");
+  row_offsets.expect(kInt32, {row_offsets.size(0)});
+  row_slots.expect(kInt32, {rows.size(0)});
+  const PlanBuffers b{rows.list(),  offsets.list(),      row_offsets.data<int32_t>(), row_slots.data<int32_t>(),
+                      rows.size(0), offsets.size(0) - 1, row_offsets.size(0) - 1};
   py::gil_scoped_release unlocked;
   check_plan({b.rows, b.offsets, nullptr, nullptr, nullptr, b.capacity, b.groups, b.num_rows}, b.num_rows, false);
   plan_inverse(b);
@@ -360,6 +410,7 @@ int64_t count_selected(py::handle mask_) {
 
 int64_t count_routed(py::handle expert_, int64_t num_groups) {
   const Contiguous expert("expert", expert_);
+  expect_indices(expert);
   return count_route(expert.data<const void>(), expert.type() == kInt64, expert.elements(), num_groups);
 }
 

@@ -2,6 +2,7 @@
 #include "bindings/tensor.h"
 
 #include <algorithm>
+#include <limits>
 #include <string>
 
 namespace dyncore::bindings {
@@ -29,6 +30,12 @@ std::string text(const int64_t* sizes, int64_t count) {
   std::string all;
   for (int64_t i = 0; i < count; ++i) all += (i ? ", " : "") + std::to_string(sizes[i]);
   return "[" + all + "]";
+}
+
+std::string text(const ElementType& type) {
+  if (type == kBool) return "bool";
+  const char* const kinds[] = {"int", "uint", "float", "opaque", "bfloat", "complex"};
+  return (type.code < 6 ? kinds[type.code] : "other") + std::to_string(type.bits);
 }
 
 }  // namespace
@@ -64,6 +71,12 @@ void Tensor::convert(const char* method) {
   look(converted);
 }
 
+void Tensor::saturate() {
+  constexpr auto kLeast = std::numeric_limits<int32_t>::min(), kGreatest = std::numeric_limits<int32_t>::max();
+  const py::object narrow = source_.attr("clamp")(kLeast, kGreatest).attr("int")();
+  look(narrow);
+}
+
 int64_t Tensor::elements() const {
   int64_t count = 1;
   for (int d = 0; d < view_.dims; ++d) count *= view_.sizes[d];
@@ -87,7 +100,13 @@ void Tensor::expect_dims(int dims) const {
 
 void Tensor::expect_type_of(const Tensor& x) const {
   if (*this && view_.type != x.view_.type)
-    throw py::type_error(std::string(name_) + ": expected the dtype of " + x.name_ + ", got another");
+    throw py::type_error(std::string(name_) + ": expected the dtype of " + x.name_ + ", " + text(x.view_.type) +
+                         ", got " + text(view_.type));
+}
+
+void Tensor::expect_type(const ElementType& type) const {
+  if (*this && view_.type != type)
+    throw py::type_error(std::string(name_) + ": expected " + text(type) + ", got " + text(view_.type));
 }
 
 void Tensor::expect_length(int64_t length, const char* what) const {
@@ -119,9 +138,20 @@ Weights::Weights(const char* name, py::handle source) : Tensor(name, source) {
   if (*this && stride(1) != 1 && stride(2) != 1) convert("contiguous");
 }
 
+Output::Output(const char* name, py::handle source, Absence absence) : Tensor(name, source, absence) {
+  if (*this && !contiguous())
+    throw py::value_error(std::string(name) + ": expected an output whose elements lie side by side, got strides");
+}
+
+void Output::expect(const ElementType& type, std::initializer_list<int64_t> shape) const {
+  expect_type(type);
+  expect_shape(shape);
+}
+
 Indices::Indices(const char* name, py::handle source, Absence absence) : Tensor(name, source, absence) {
   expect_dims(1);
-  if (*this && type() != kInt32) convert("int");
+  if (*this && type() == kInt64) saturate();
+  expect_type(kInt32);
   if (*this && !contiguous()) convert("contiguous");
 }
 

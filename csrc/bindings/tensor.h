@@ -51,6 +51,7 @@ class Tensor {
     return static_cast<T*>(view_.data);
   }
   const ElementType& type() const { return view_.type; }
+  int dims() const { return view_.dims; }
   int64_t size(int dim) const { return view_.sizes[dim]; }
   // 1 where the dimension has one element at most: there it is never followed.
   int64_t stride(int dim) const { return view_.sizes[dim] > 1 ? view_.strides[dim] : 1; }
@@ -58,6 +59,7 @@ class Tensor {
 
   // Each raises unless it holds, and lets an absent tensor pass.
   void expect_dims(int dims) const;
+  void expect_type(const ElementType& type) const;
   void expect_type_of(const Tensor& x) const;
   void expect_length(int64_t length, const char* what) const;
   void expect_shape(std::initializer_list<int64_t> shape) const;
@@ -66,6 +68,8 @@ class Tensor {
   bool contiguous() const;
   // Reads `source.method()` instead.
   void convert(const char* method);
+  // Reads an int64 tensor as int32, each value as the nearest that int32 holds.
+  void saturate();
 
  private:
   void look(py::handle source);
@@ -92,7 +96,13 @@ struct Weights : Tensor {
   Weight weight() const { return {data(), stride(0), stride(1), stride(2)}; }
 };
 
-// int32, one dimension, side by side.
+// What a kernel writes: elements side by side, never in a copy.
+struct Output : Tensor {
+  Output(const char* name, py::handle source, Absence absence = Absence::refused);
+  void expect(const ElementType& type, std::initializer_list<int64_t> shape) const;
+};
+
+// int32, one dimension, side by side. An int64 that int32 cannot hold stays outside of every range that is checked.
 struct Indices : Tensor {
   Indices(const char* name, py::handle source, Absence absence = Absence::refused);
   int32_t* list() const { return data<int32_t>(); }

@@ -148,7 +148,7 @@ def gather_rows(x: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
     if not available:
         return reference.gather_rows(x, rows, offsets)
     out = x.new_empty(rows.shape[0], x.shape[1])
-    _native.gather_rows(x, rows, offsets, out, x.element_size(), threads())
+    _native.gather_rows(x, rows, offsets, out, threads())
     return out
 
 

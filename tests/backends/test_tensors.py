@@ -64,6 +64,73 @@ def test_plan_tensors_of_other_types_and_strides_are_read_from_copies():
         assert torch.equal(cpu.scatter_rows(x[:4], None, *plan), want)
 
 
+# what wraps to the value that was there, or to another that is in range
+TOO_WIDE = (2**32, -(2**32), 2**31, -(2**31) - 1, 2**62)
+
+
+def ops_on(rows, offsets, row_offsets, row_slots):
+    """Every op on these plan tensors, by name, with the names of those that it reads."""
+    ops, slots = torch.ops.dyncore, rows.shape[0]
+    plan = (rows, offsets, None, row_offsets, row_slots)
+    x, y, w = torch.randn(T, H), torch.randn(slots, H), torch.randn(offsets.shape[0] - 1, H, H)
+    empty, listed, every = x.new_empty(0), ("rows", "offsets"), ("rows", "offsets", "row_offsets", "row_slots")
+    return {
+        "plan_inverse": (lambda: ops.plan_inverse(rows, offsets, T), listed),
+        "gather_rows": (lambda: ops.gather_rows(x, rows, offsets), listed),
+        "scatter_rows": (lambda: ops.scatter_rows(y, None, *plan), every),
+        "scatter_rows_backward": (lambda: ops.scatter_rows_backward(x, y, *plan, [True, False]), listed),
+        "grouped_linear": (lambda: ops.grouped_linear(x, w, None, *plan, "none", True, True, False), every),
+        "grouped_linear_backward": (
+            lambda: ops.grouped_linear_backward(x, x, w, None, empty, *plan, "none", True, True, [True] * 4),
+            every,
+        ),
+        "grouped_mlp": (lambda: ops.grouped_mlp(x, w, w, None, None, None, *plan, "relu", False), every),
+        "grouped_mlp_backward": (
+            lambda: ops.grouped_mlp_backward(x, x, w, w, None, None, y, *plan, "relu", [True] * 6),
+            every,
+        ),
+    }
+
+
+def int64_plan():
+    """2 groups and one slot of padding."""
+    mask = torch.tensor([[True, False], [False, True], [True, True], [False, False], [True, False], [False, True]])
+    rows, offsets, row_offsets, row_slots = (t.long() for t in reference.plan_mask(mask, 7))
+    return {"rows": rows, "offsets": offsets, "row_offsets": row_offsets, "row_slots": row_slots}
+
+
+READS = [(op, name) for op, (_, reads) in ops_on(**int64_plan()).items() for name in reads]
+
+
+@pytest.mark.parametrize(("op", "name"), READS, ids=[f"{op}-{name}" for op, name in READS])
+def test_an_int64_that_int32_cannot_hold_is_refused(op, name):
+    for change in TOO_WIDE:
+        plan = int64_plan()
+        plan[name][1] += change
+        with pytest.raises((IndexError, ValueError), match=rf"plan\.{name}: expected"):
+            ops_on(**plan)[op][0]()
+
+
+@pytest.mark.parametrize("change", TOO_WIDE)
+def test_padding_of_an_int64_plan_may_hold_anything(change):
+    torch.manual_seed(1)
+    want = {op: call() for op, (call, _) in ops_on(**int64_plan()).items()}
+    plan = int64_plan()
+    plan["rows"][-1] = plan["row_slots"][-1] = change
+    torch.manual_seed(1)
+    for op, (call, _) in ops_on(**plan).items():
+        for a, b in zip(*((t,) if isinstance(t, torch.Tensor) else t for t in (call(), want[op])), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("op", "name"), READS, ids=[f"{op}-{name}" for op, name in READS])
+def test_indices_that_are_no_integers_are_refused(op, name):
+    plan = int64_plan()
+    plan[name] = plan[name].float()
+    with pytest.raises(TypeError, match=rf"plan\.{name}: expected int32, got float32"):
+        ops_on(**plan)[op][0]()
+
+
 def test_negated_and_offset_views_are_read_as_their_values():
     weight = torch.randn(3, H)
     plan = cpu.plan_mask(torch.ones(2, dtype=torch.bool), 2)
