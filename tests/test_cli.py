@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import dyncore
+from dyncore.cli import main
 from dyncore.measure import read_results
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -93,11 +94,18 @@ def test_help_has_examples_and_all_options():
         ([], "the following arguments are required: command"),
     ],
 )
-def test_bad_arguments_are_one_line_and_status_2(args, message):
-    done = run(*args)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_bad_arguments_are_one_line_and_status_2(args, message, capsys):
+    with pytest.raises(SystemExit) as done:
+        main(args)
+    assert done.value.code == 2
+    out, err = capsys.readouterr()
+    assert message in err
+    assert (out, err.count("\n")) == ("", 1)
+
+
+def test_a_shell_sees_the_status_and_the_line():
+    done = run("sing")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
 
 
 @pytest.mark.parametrize("args", [["env"], ["--help"]])

@@ -3,6 +3,10 @@
 import subprocess
 import sys
 
+import pytest
+
+import dyncore
+
 PROBE = """
 import time, torch
 start = time.process_time()
@@ -17,14 +21,16 @@ print(seconds, *heavy, file=sys.stderr)
 
 
 def test_import_is_silent_light_and_fast():
-    runs = [subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True) for _ in range(3)]
-    for run in runs:
+    for _ in range(3):  # a busy machine may make one slow
+        run = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True)
         assert run.stdout == ""
-        _, *heavy = run.stderr.split()
+        seconds, *heavy = run.stderr.split()
         assert heavy == []
-    assert min(float(run.stderr.split()[0]) for run in runs) < 0.3
+        if float(seconds) < 0.3:
+            return
+    pytest.fail(f"{seconds} s")
 
 
 def test_an_unknown_attribute_is_an_attribute_error():
-    run = subprocess.run([sys.executable, "-c", "import dyncore; dyncore.nothing"], capture_output=True, text=True)
-    assert "AttributeError: module 'dyncore' has no attribute 'nothing'" in run.stderr
+    with pytest.raises(AttributeError, match="module 'dyncore' has no attribute 'nothing'"):
+        _ = dyncore.nothing

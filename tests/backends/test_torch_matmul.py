@@ -32,7 +32,6 @@ class TestGroupedLinear:
     test_two_linears = staticmethod(linear.test_two_linears_by_slots_equal_the_mlp)
     test_flops = staticmethod(linear.test_flops_are_those_of_live_slots)
     test_nan_in_weights = staticmethod(linear.test_nan_in_the_weights_of_a_group_without_rows_reaches_nothing)
-    test_opcheck = staticmethod(linear.test_opcheck)
     test_rows_outside = staticmethod(linear.test_a_row_outside_x_is_an_index_error)
     test_bad_offsets = staticmethod(linear.test_bad_offsets_are_a_value_error)
 
@@ -47,9 +46,16 @@ class TestGroupedMLP:
     test_strides = staticmethod(mlp.test_strided_and_expanded_inputs_and_gradients)
     test_no_rows = staticmethod(mlp.test_no_rows_or_no_slots)
     test_saved = staticmethod(mlp.test_saved_for_backward_are_the_inputs_the_plan_and_the_pre_activation)
-    test_opcheck = staticmethod(mlp.test_opcheck)
     test_autocast = staticmethod(mlp.test_autocast_computes_in_its_dtype_as_linear_does)
     test_nan_in_weights = staticmethod(mlp.test_nan_in_the_weights_of_a_group_without_rows_reaches_nothing)
+
+
+def test_opcheck():
+    """With and without what a backward needs; the schema and the other backends are those of our kernels."""
+    for by_rows in (True, False):
+        linear.test_opcheck(by_rows, by_rows)
+    for save in (True, False):
+        mlp.test_opcheck(save, torch.bfloat16)
 
 
 @pytest.mark.parametrize("op", ["grouped_linear", "grouped_mlp"])

@@ -80,8 +80,12 @@ def test_exports_without_leaving_a_trace(build):
     assert_values(exported(x), layer(x))
 
 
-def test_one_compiled_graph_serves_every_length(build):
-    layer = build()
+# one of each module, gate and choice of keys; how their results are returned and weighted depends on no length
+@pytest.mark.parametrize(
+    "name", ["skip", "skip_topk", "mod", "token_skip", "token_skip_topk", "moe", "moe_expert_choice"]
+)
+def test_one_compiled_graph_serves_every_length(name):
+    layer = LAYERS[name]()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
     for shape in ((3, 13), (2, 9), (5, 31)):
         x = torch.randn(*shape, D)
