@@ -30,10 +30,9 @@ def run(*command, cwd=ROOT, **env):
     return done.stdout
 
 
-def build_wheel(source, out):
-    run(
-        sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-q", "-w", str(out), ".", cwd=source
-    )
+def build_wheel(source, out, **env):
+    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-q", "-w", str(out), "."]
+    run(*command, cwd=source, **env)
     (wheel,) = out.glob("dyncore-*.whl")
     return wheel
 
@@ -53,7 +52,11 @@ def test_an_sdist_and_wheels_hold_everything_and_import(tmp_path):
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path / "source", filter="data")
     (source,) = (tmp_path / "source").iterdir()
-    from_sdist = import_from(build_wheel(source, tmp_path / "wheel"), tmp_path / "installed")
+    hasty = tmp_path / "hasty"  # what is asked here needs no optimised kernels: a quarter of the time
+    hasty.write_text('#!/bin/sh\nexec "$@" -Og\n')
+    hasty.chmod(0o755)
+    wheel = build_wheel(source, tmp_path / "wheel", CMAKE_CXX_COMPILER_LAUNCHER=str(hasty))
+    from_sdist = import_from(wheel, tmp_path / "installed")
     from_tree = import_from(build_wheel(ROOT, tmp_path / "tree_wheel"), tmp_path / "tree_installed")
     assert from_sdist == from_tree
     tracked = run("git", "ls-files", "dyncore", "kernels").split() if (ROOT / ".git").exists() else []
