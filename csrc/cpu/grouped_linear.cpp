@@ -2,21 +2,22 @@
 // By panels of 32 output columns for each piece of a group's slots. Results go straight to their slots, or to their
 // rows where none has several slots, and else to a buffer of slots that is combined into rows at the end.
 #include "cpu/common/activations.h"
-#include "cpu/common/pieces.h"
+#include "cpu/common/row_copies.h"
 
 namespace dyncore::DYNCORE_ISA {
 
 namespace {
 
-// Bytes of x in a piece, for each thread: they are read again for every panel of the output.
-constexpr int64_t kPieceBytes = 4 << 20;
-constexpr int64_t kPieceRows = 384;  // at least: weights are packed again for every piece
+// Bytes of x in a block, for each thread: they are read again for every panel of the output.
+constexpr int64_t kBlockBytes = 4 << 20;
+constexpr int64_t kBlockRows = 384;  // at least: weights are packed again for every block
 
 template <class T>
 struct Forward {
   const GroupedLinear& op;
   int threads;
   Pieces pieces = {};
+  RowCopies<T> x = {};
   Workspace<float> slots = {};  // [A, N], where rows have several slots
   TeamScratch scratch = {};
   Items items = {};
@@ -47,12 +48,9 @@ void finish(const Forward<T>& f, const Cut::Item& item, const float* y) {
 }
 
 template <class T>
-void out_panel(const Forward<T>& f, const Cut::Item& item, int thread) {
+void out_panel(const Forward<T>& f, const Pieces::Span& block, const Cut::Item& item, int thread) {
   const GroupedLinear& op = f.op;
-  const int64_t first = item.piece.first;
-  const T* data = static_cast<const T*>(op.x.data);
-  const Left<T> x = op.gather ? Left<T>{data, op.x.stride, op.plan.rows + first}
-                              : Left<T>{data + first * op.x.stride, op.x.stride, nullptr};
+  const Left<T> x = f.x.of(item.piece, block);
   const Right<T> w = weight_of_group<T>(op.weight, item.piece.group, false).from_column(item.n0);
   float* y = f.scratch.results(thread);
   product(y, x, item.piece.rows, op.k, w, item.n, f.scratch.buffers(thread), item.place);
@@ -66,8 +64,17 @@ void body(void* context, const Team& team) {
   T* out = static_cast<T*>(op.out);
   const Matrix no_base{nullptr, 0};
   if (op.scatter) fill_empty_rows(op.plan, no_base, out, op.n, op.n, team);
-  const Cut cut(f.pieces.all(), op.n, f.threads);
-  while (const Items::Item taken = f.items.take(team)) out_panel(f, cut.item(taken), team.index);
+  for (int64_t b = 0; b < f.pieces.blocks(); ++b) {
+    const Pieces::Span block = f.pieces.block(b);
+    const Cut cut(block, op.n, f.threads);
+    if (f.x || b > 0) {
+      f.x.make(block, team);
+      f.items.share(cut.items(), team);
+      team.barrier();
+    }
+    while (const Items::Item taken = f.items.take(team)) out_panel(f, block, cut.item(taken), team.index);
+    if (b + 1 < f.pieces.blocks()) team.barrier();
+  }
   if (!f.slots) return;
   team.barrier();
   combine_slots(op.plan, f.slots.data, f.slots.stride, op.plan.scale, no_base, out, op.n, op.n, team);
@@ -80,19 +87,21 @@ void run(const GroupedLinear& op) {
       useful_threads(op.threads, 2.0 * live * op.n * op.k,
                      sizeof(T) * (double(groups_with_slots(op.plan)) * op.n * op.k + double(out_rows) * op.n));
   Forward<T> f{op, threads};
-  const int64_t fits = threads * kPieceBytes / (op.k * static_cast<int64_t>(sizeof(T)) + 1);
-  const int64_t limit = fits > kPieceRows ? fits : kPieceRows;
+  const int64_t fits = threads * kBlockBytes / (op.k * static_cast<int64_t>(sizeof(T)) + 1);
+  const int64_t limit = fits > kBlockRows ? fits : kBlockRows, slots = live < limit ? live : limit;
   f.pieces = Pieces::plan(op.plan, limit);
+  f.x = RowCopies<T>::plan(op.plan, {static_cast<const T*>(op.x.data), op.x.stride, op.gather ? op.plan.rows : nullptr},
+                           op.k, op.n, slots);
   if (op.scatter && several_slots_in_a_row(op.plan)) f.slots = {live, workspace_stride(op.n)};
-  f.scratch = TeamScratch::plan<T>(threads, op.k, live < limit ? live : limit);
+  f.scratch = TeamScratch::plan<T>(threads, op.k, slots);
   f.items = Items::plan(threads);
-  Scratch block(block_bytes(f.pieces, f.slots, f.scratch, f.items));
-  place_in(block, f.pieces, f.slots, f.scratch, f.items);
+  Scratch block(block_bytes(f.pieces, f.x, f.slots, f.scratch, f.items));
+  place_in(block, f.pieces, f.x, f.slots, f.scratch, f.items);
   prefer_huge_pages(op.out, out_rows * op.n * sizeof(T));
   prefer_huge_pages(op.pre, op.plan.capacity * op.n * sizeof(T));
   zero_slots_from(static_cast<T*>(op.pre), live, op.plan.capacity, op.n);
   if (!op.scatter) zero_slots_from(static_cast<T*>(op.out), live, op.plan.capacity, op.n);
-  f.items.share(Cut(f.pieces.all(), op.n, threads).items());
+  if (f.pieces.blocks() > 0) f.items.share(Cut(f.pieces.block(0), op.n, threads).items());
   parallel(threads, body<T>, &f);
 }
 

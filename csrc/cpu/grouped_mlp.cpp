@@ -3,7 +3,7 @@
 // hidden columns, gathering rows of x as it reads them; stage 2 makes panels of 32 output columns, which go straight to
 // their rows where no row has several slots, and else to a buffer of slots that is combined into rows at the end.
 #include "cpu/common/activations.h"
-#include "cpu/common/pieces.h"
+#include "cpu/common/row_copies.h"
 
 namespace dyncore::DYNCORE_ISA {
 
@@ -20,6 +20,7 @@ struct Forward {
   int threads;
   bool gated = is_gated(op.activation);
   Pieces pieces = {};
+  RowCopies<T> x = {};
   Workspace<T> hidden = {};     // [slots of a block, I]
   Workspace<float> slots = {};  // [A, H], where rows have several slots
   TeamScratch scratch = {};
@@ -53,7 +54,7 @@ template <class T>
 void hidden_panel(const Forward<T>& f, const Pieces::Span& block, const Cut::Item& item, int thread) {
   const GroupedMlp& op = f.op;
   const Piece& piece = item.piece;
-  const Left<T> x{static_cast<const T*>(op.x.data), op.x.stride, op.plan.rows + piece.first};
+  const Left<T> x = f.x.of(piece, block);
   const Right<T> w = weight_of_group<T>(op.w_in, piece.group, false).from_column(item.n0);
   const PanelBuffers buffers = f.scratch.buffers(thread);
   float* gate = f.scratch.results(thread);
@@ -100,6 +101,10 @@ void body(void* context, const Team& team) {
   const Pieces& pieces = f.pieces;
   T* out = static_cast<T*>(op.out);
   fill_empty_rows(op.plan, op.residual, out, op.h, op.h, team);
+  if (f.x && pieces.blocks() > 0) {
+    f.x.make(pieces.block(0), team);
+    team.barrier();
+  }
   for (int64_t b = 0; b < pieces.blocks(); ++b) {
     const Pieces::Span block = pieces.block(b);
     const Cut hidden(block, op.i, f.threads), results(block, op.h, f.threads);
@@ -108,7 +113,10 @@ void body(void* context, const Team& team) {
     team.barrier();
     while (const Items::Item taken = f.out_items.take(team)) out_panel(f, block, results.item(taken), team.index);
     const bool last = b + 1 == pieces.blocks();
-    if (!last) f.hidden_items.share(Cut(pieces.block(b + 1), op.i, f.threads).items(), team);
+    if (!last) {
+      f.x.make(pieces.block(b + 1), team);
+      f.hidden_items.share(Cut(pieces.block(b + 1), op.i, f.threads).items(), team);
+    }
     if (!last || f.slots) team.barrier();
   }
   if (f.slots) combine_slots(op.plan, f.slots.data, f.slots.stride, op.plan.scale, op.residual, out, op.h, op.h, team);
@@ -125,12 +133,14 @@ void run(const GroupedMlp& op) {
   const int64_t fits = threads * kBlockBytes / (op.i * static_cast<int64_t>(sizeof(T)) + 1);
   const int64_t limit = fits > kBlockRows ? fits : kBlockRows, slots = live < limit ? live : limit;
   f.pieces = Pieces::plan(op.plan, limit);
+  f.x = RowCopies<T>::plan(op.plan, {static_cast<const T*>(op.x.data), op.x.stride, op.plan.rows}, op.h,
+                           gated ? 2 * op.i : op.i, slots);
   f.hidden = {slots, workspace_stride(op.i)};
   if (several_slots_in_a_row(op.plan)) f.slots = {live, workspace_stride(op.h)};
   f.scratch = TeamScratch::plan<T>(threads, op.h > op.i ? op.h : op.i, f.gated ? 2 * slots : slots);
   f.hidden_items = f.out_items = Items::plan(threads);
-  Scratch block(block_bytes(f.pieces, f.hidden, f.slots, f.scratch, f.hidden_items, f.out_items));
-  place_in(block, f.pieces, f.hidden, f.slots, f.scratch, f.hidden_items, f.out_items);
+  Scratch block(block_bytes(f.pieces, f.x, f.hidden, f.slots, f.scratch, f.hidden_items, f.out_items));
+  place_in(block, f.pieces, f.x, f.hidden, f.slots, f.scratch, f.hidden_items, f.out_items);
   prefer_huge_pages(op.out, op.plan.num_rows * op.h * sizeof(T));
   prefer_huge_pages(op.pre, op.plan.capacity * (f.gated ? 2 * op.i : op.i) * sizeof(T));
   zero_slots_from(static_cast<T*>(op.pre), live, op.plan.capacity, f.gated ? 2 * op.i : op.i);

@@ -37,6 +37,7 @@ struct Left {
   const int32_t* index;
 
   const T* row(int64_t r) const { return data + (index ? index[r] : r) * stride; }
+  Left from(int64_t r) const { return index ? Left{data, stride, index + r} : Left{row(r), stride, nullptr}; }
 };
 
 // Right operand: element (k, n) is data + (index ? index[k] : k) * stride_k + n * stride_n. One stride is 1; an index
@@ -59,8 +60,11 @@ struct Right {
 // What a thread needs to compute products.
 struct PanelBuffers {
   float* panel;  // [KC][32]
-  float* rows;   // [MR][KC], where rows of a narrower type are made float
+  float* rows;   // [MR][KC + kWideGap], where rows of a narrower type are made float
 };
+
+// Words between widened rows: rows of 4096 bytes would share one set of the L1 cache (row_copies.h has the price).
+constexpr int64_t kWideGap = 16;
 
 template <class T>
 constexpr bool kWidenRows = !kIsFloat<T> && !kPairs<T>;
@@ -73,7 +77,7 @@ inline size_t panel_bytes(int64_t depth) {
 
 template <class T>
 inline size_t rows_bytes(int64_t depth) {
-  return kWidenRows<T> ? (depth < KC ? depth : KC) * MR * sizeof(float) : 0;
+  return kWidenRows<T> ? ((depth < KC ? depth : KC) + kWideGap) * MR * sizeof(float) : 0;
 }
 
 template <int R>
@@ -179,7 +183,7 @@ inline void multiply_panel(float* c, Left<T> a, int64_t m, int64_t k0, int64_t d
     const Fetch fetch = next.share(t, tiles, kPairs<T> ? 64 : 16 * sizeof(T));
     if constexpr (kWidenRows<T>) {
       const float* wide[MR];
-      for (int r = 0; r < rows; ++r) wide[r] = widen_row(widened + r * depth, at[r], depth);
+      for (int r = 0; r < rows; ++r) wide[r] = widen_row(widened + r * (depth + kWideGap), at[r], depth);
       multiply_chains(rows, wide, b, ldb, depth, sums, fetch);
     } else {
       multiply_chains(rows, at, b, ldb, depth, sums, fetch);

@@ -92,7 +92,7 @@ inline void multiply_in_place(float* c, Left<T> a, int m, int64_t depth, const T
     const float* wide[MR];
     for (int r = 0; r < m; ++r) {
       at[r] = a.row(r) + k0;
-      if constexpr (kWidenRows<T>) wide[r] = widen_row(widened + r * block, at[r], block);
+      if constexpr (kWidenRows<T>) wide[r] = widen_row(widened + r * (block + kWideGap), at[r], block);
       if constexpr (kIsFloat<T>) wide[r] = at[r];
     }
     for (int64_t k = 0; k < block; k += kChainDepth) {
