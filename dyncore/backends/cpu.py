@@ -17,14 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dyncore import activations
 from dyncore.backends import reference, torch_matmul
 from dyncore.break_even import torch_is_faster
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
-# The order of enum Activation in csrc/cpu/kernels.h.
-_ACTIVATIONS = {
-    name: i for i, name in enumerate(("none", "relu", "relu2", "gelu", "gelu_tanh", "silu", "swiglu", "geglu", "reglu"))
-}
+
+
+class _Codes(dict[str, int]):
+    """enum Activation of csrc/cpu/kernels.h by name, in its order."""
+
+    def __missing__(self, name: str) -> int:
+        raise ValueError(f"activation: expected one of {', '.join(self)}, got {name!r}")
+
+
+_ELEMENTWISE = _Codes({name: code for code, name in enumerate(("none", *activations.ELEMENTWISE))})
+_ACTIVATIONS = _Codes({name: code for code, name in enumerate((*_ELEMENTWISE, *activations.GATED))})
 
 
 def _share_openmp() -> None:
@@ -212,7 +220,7 @@ def grouped_linear(
     slots, n = rows.shape[0], weight.shape[1]
     out = x.new_empty(row_offsets.shape[0] - 1 if scatter else slots, n)
     pre = x.new_empty(slots, n) if save and activation != "none" else None
-    form = (_ACTIVATIONS[activation], gather, scatter)
+    form = (_ELEMENTWISE[activation], gather, scatter)
     _native.grouped_linear(x, weight, bias, *plan, *form, out, pre, threads())
     return out, _or_empty(pre, x)
 
@@ -242,7 +250,7 @@ def grouped_linear_backward(
     dbias = x.new_empty(bias.shape) if needs[2] and bias is not None else None
     want_scale = needs[3] and scatter and scale is not None
     dscale = x.new_empty(rows.shape[0], dtype=torch.float32) if want_scale else None
-    form = (_ACTIVATIONS[activation], gather, scatter)
+    form = (_ELEMENTWISE[activation], gather, scatter)
     outputs = (dx, dweight, dbias, dscale)
     _native.grouped_linear_backward(grad, x, weight, bias, saved, *plan, *form, *outputs, threads())
     return _or_empty(dx, x), _or_empty(dweight, x), _or_empty(dbias, x), _scaled_gradient(dscale, scale, x)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import dyncore as dc
 from dyncore.backends import cpu, reference
 
 pytestmark = pytest.mark.skipif(not cpu.available, reason=cpu.reason)
@@ -45,6 +46,14 @@ def test_a_tensor_that_does_not_fit_is_refused(name, value, kind, message):
     with pytest.raises(kind) as error:
         run(**{name: value})
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "tanh"])
+def test_an_activation_that_grouped_linear_lacks_is_refused(activation):
+    plan = dc.select(torch.ones(T, dtype=torch.bool))
+    tensors = (plan.rows, plan.offsets, None, plan.row_offsets, plan.row_slots)
+    with pytest.raises(ValueError, match="activation"):
+        torch.ops.dyncore.grouped_linear(GOOD["x"], GOOD["w_in"][:1], None, *tensors, activation, True, True, False)
 
 
 def test_none_is_refused_where_a_tensor_must_be():
