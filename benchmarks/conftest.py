@@ -63,7 +63,9 @@ def contest(benchmark, request: pytest.FixtureRequest) -> Callable[[Point], None
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     folder: Path = session.config.getoption("results")
-    for name, records in session.config.stash[_RECORDS].items():
+    records = session.config.stash[_RECORDS]
+    # all before the first is written, which would modify the commit's files
+    results = {name: new_results(f"pytest benchmarks/bench_{name}.py --benchmark-only") for name in records}
+    for name in records:
         folder.mkdir(parents=True, exist_ok=True)
-        results = new_results(f"pytest benchmarks/bench_{name}.py --benchmark-only")
-        write_results(folder / f"{name}.json", results | {"records": records})
+        write_results(folder / f"{name}.json", results[name] | {"records": records[name]})
