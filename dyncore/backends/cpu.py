@@ -287,6 +287,8 @@ def panels_shape(weight: Tensor, parts: int) -> tuple[int, ...]:
     if not _serves(weight):
         return (0,)
     groups, n, k = weight.shape
+    if parts < 1:
+        raise ValueError(f"parts: expected 1, or 2 for a gated weight, got {parts}")
     pairs = weight.dtype is torch.bfloat16 and _native.pairs()
     return groups, parts, (n // parts + 31) // 32, (k + 1) // 2 if pairs else k, 32
 

@@ -7,6 +7,7 @@ from dyncore.backends import cpu
 
 @pytest.fixture(params=cpu._native.supported_isas() if cpu.available else ["none"])
 def isa(request):
+    before = cpu.isa()
     cpu._native.select_isa(request.param)
     yield request.param
-    cpu._native.select_isa("")
+    cpu._native.select_isa(before)

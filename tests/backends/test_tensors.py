@@ -56,6 +56,12 @@ def test_an_activation_that_grouped_linear_lacks_is_refused(activation):
         torch.ops.dyncore.grouped_linear(GOOD["x"], GOOD["w_in"][:1], None, *tensors, activation, True, True, False)
 
 
+@pytest.mark.parametrize("parts", [0, -1, 3])
+def test_parts_that_a_weight_does_not_have_are_refused(parts):
+    with pytest.raises(ValueError, match="parts"):
+        cpu.pack_weight(torch.randn(2, 4, 3), parts)
+
+
 def test_none_is_refused_where_a_tensor_must_be():
     rows, offsets, row_offsets, _ = reference.plan_mask(torch.ones(T, 1, dtype=torch.bool), T)
     with pytest.raises(TypeError, match=r"plan\.row_slots"):

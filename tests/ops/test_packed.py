@@ -20,9 +20,10 @@ SIZES = [(1, 1, 1, 1), (5, 2, 3, 7), (33, 4, 31, 63), (64, 3, 100, 33), (150, 2,
 
 @pytest.fixture(params=cpu._native.supported_isas() if cpu.available else ["none"])
 def isa(request):
+    before = cpu.isa()
     cpu._native.select_isa(request.param)
     yield request.param
-    cpu._native.select_isa("")
+    cpu._native.select_isa(before)
 
 
 def problem(size, dtype, activation, draw=torch.randn):
@@ -130,13 +131,15 @@ def test_panels_of_another_instruction_set_are_refused():
     if len(names) < 2:
         pytest.skip("needs two instruction sets")
     inputs, plan = problem((5, 2, 8, 8), torch.float32, "gelu"), make_plan("routed", 5, 2, None)
+    before = cpu.isa()
+    cpu._native.select_isa(names[-1])
     packed = PackedMLP(*inputs[1:3], "gelu")
     cpu._native.select_isa(names[0])
     try:
         with pytest.raises(ValueError, match=f"packed for the instruction set {names[0]}, got {names[-1]}"):
             run(*inputs, plan, "gelu", packed)
     finally:
-        cpu._native.select_isa("")
+        cpu._native.select_isa(before)
 
 
 @needs_kernels

@@ -7,8 +7,10 @@
 namespace dyncore::DYNCORE_ISA {
 
 constexpr int kL1Ways = 8;
-// Fewer output columns do not repay the copy.
+// Fewer output columns do not repay the copies.
 constexpr int64_t kCopyColumns = 1024;
+// Larger copies would take more than half of the scratch memory that a thread keeps between calls.
+constexpr size_t kCopyBytes = 32 << 20;
 
 template <class T>
 class RowCopies {
@@ -19,9 +21,11 @@ class RowCopies {
     c.rows_ = rows;
     c.depth_ = depth;
     // Rows that are widened are copied anyway, tile by tile.
-    const bool crowd = !kWidenRows<T> && MR > kL1Ways && rows.stride * static_cast<int64_t>(sizeof(T)) % 4096 == 0;
-    if (crowd && columns >= kCopyColumns && largest_group(plan) >= kDotRows<T>)
-      c.copies_ = {slots, workspace_stride(depth)};
+    const bool crowd =
+        !kWidenRows<T> && MR > kL1Ways && rows.stride != 0 && rows.stride * static_cast<int64_t>(sizeof(T)) % 4096 == 0;
+    const Workspace<T> copies{slots, workspace_stride(depth)};
+    if (crowd && columns >= kCopyColumns && copies.bytes() <= kCopyBytes && largest_group(plan) >= kDotRows<T>)
+      c.copies_ = copies;
     return c;
   }
 
