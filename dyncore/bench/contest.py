@@ -44,12 +44,14 @@ class Contest:
         inputs: argument tuples, one a round, in turn.
         backward: forward and backward (gradients of all floating inputs and weights) instead of forward alone.
         cold: rotate over copies of the weights, so that they come from memory as in a deep model.
+        cache_bytes: what those copies must exceed twice; None: the last-level cache.
     """
 
     variants: dict[str, Variant]
     inputs: Sequence[tuple[Tensor, ...]]
     backward: bool = False
     cold: bool = True
+    cache_bytes: int | None = None
 
     def __post_init__(self) -> None:
         for t in itertools.chain(*self.inputs, *(v.weights for v in self.variants.values())):
@@ -100,7 +102,9 @@ class Contest:
         """(name, round) -> inputs of the round and the next copy of that variant's weights."""
         rotations: dict[int, Any] = {}  # variants that share weights share their copies
         for variant in self.variants.values():
-            copies = cold_copies(variant.weights) if self.cold else [variant.weights]
+            copies = [variant.weights]
+            if self.cold:
+                copies = cold_copies(variant.weights, cache_bytes=self.cache_bytes)
             rotations.setdefault(id(variant.weights), itertools.cycle(copies))
         return lambda name, round: (
             *self.inputs[round % len(self.inputs)],

@@ -239,10 +239,37 @@ inline void dot_columns(float* c, Left<T> a, int64_t m, int64_t depth, const T* 
   }
 }
 
+// Rows that are read again for every column: half of the L1 cache.
+constexpr int64_t kLineBytes = 16 << 10;
+
+// One column after another, for at most DR rows.
+template <class T>
+inline void dot_lines(float* c, Left<T> a, int64_t m, int64_t depth, Right<T> b, int n) {
+  const T* at[DR];
+  for (int64_t r = 0; r < m; ++r) at[r] = a.row(r);
+  for (int j = 0; j < n; ++j) {
+    const T* column = b.data + j * b.stride_n;
+    switch (m) {
+      case 1:
+        dot_line<1>(at, column, depth, c + j);
+        break;
+      case 2:
+        dot_line<2>(at, column, depth, c + j);
+        break;
+      case 3:
+        if constexpr (DR >= 3) dot_line<3>(at, column, depth, c + j);
+        break;
+      default:
+        if constexpr (DR >= 4) dot_line<4>(at, column, depth, c + j);
+    }
+  }
+}
+
 template <class T>
 inline void dot_product(float* c, Left<T> a, int64_t m, int64_t depth, Right<T> b, int n, bool continues) {
   for (int64_t r = 0; n < NC && r < m; ++r)
     for (int j = n; j < NC; ++j) c[r * NC + j] = 0.0f;
+  if (m <= DR && m * depth * static_cast<int64_t>(sizeof(T)) <= kLineBytes) return dot_lines(c, a, m, depth, b, n);
   const int64_t ahead = (kAheadBytes / (DC * depth * static_cast<int64_t>(sizeof(T))) + 1) * DC;
   for (int j = 0; j < n; j += DC) {
     const T* columns[DC];
