@@ -90,6 +90,19 @@ def test_second_derivatives_are_refused():
             grad.square().sum().backward()
 
 
+@pytest.mark.parametrize("wanted", ["x", "weight", "scale"])
+def test_second_derivatives_by_named_inputs_are_refused(wanted):
+    """As a gradient penalty and torch.autograd.functional.hessian ask for them: nothing else of the graph is visited."""
+    leaves = {"x": torch.randn(5, 4), "weight": torch.randn(1, 4, 4), "scale": torch.rand(5)}
+    leaf = leaves[wanted].requires_grad_()
+    plan = dc.select(torch.ones(5, dtype=torch.bool), scale=leaves["scale"])
+    with dc.execution("sparse"):
+        loss = dc.grouped_linear(leaves["x"], leaves["weight"], plan=plan, activation="gelu").square().sum()
+    (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(loss + grad.square().sum(), leaf)
+
+
 def test_forward_derivatives_are_refused():
     x, w = torch.randn(5, 4), torch.randn(1, 4, 4)
     plan = dc.select(torch.arange(5) < 3)

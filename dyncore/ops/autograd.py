@@ -24,12 +24,23 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 
 class _Refuse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, grad, anchor):
+    def forward(ctx, grad, *sources):
         return grad.view_as(grad)
 
     @staticmethod
     def backward(ctx, *grads):
         raise RuntimeError("dyncore's ops have first derivatives only: this asks for the derivative of a gradient")
+
+
+class _Unpacked:
+    """A context whose saved tensors have been unpacked, which checkpointing allows once."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx = ctx
+        self.saved_tensors = ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
 
 
 def first_derivative_only(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
@@ -42,9 +53,11 @@ def first_derivative_only(backward: Callable[..., tuple[Tensor | None, ...]]) ->
     def run(ctx, *grads):
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return backward(ctx, *grads)
+        ctx = _Unpacked(ctx)
         with torch.no_grad():
             results = backward(ctx, *grads)
-        anchor = torch.empty(0, requires_grad=True)
-        return tuple(None if g is None else _Refuse.apply(g, anchor) for g in results)
+        # all that the gradients depend on: by whichever of it a second derivative asks, it comes upon the refusal
+        sources = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        return tuple(None if g is None else _Refuse.apply(g, *sources) for g in results)
 
     return run
