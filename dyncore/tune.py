@@ -21,6 +21,7 @@ import dyncore as dc
 from dyncore import break_even
 from dyncore.backends import cpu, torch_matmul
 from dyncore.break_even import MARGIN, SCHEMA, Table, machine, parse, path, read
+from dyncore.measure.environment import timing_warnings
 from dyncore.measure.records import write_results
 from dyncore.measure.savings import break_even as crossing
 from dyncore.measure.timing import Interleaved, Timing, cold_copies
@@ -152,6 +153,8 @@ def run(effort: Effort, threads: int | None = None) -> int:
     except OSError as error:
         print(f"dyncore tune: cannot make the folder {file.parent}: {error.strerror}", file=sys.stderr)
         return 1
+    for warning in timing_warnings():
+        print(f"dyncore tune: warning: {warning}", file=sys.stderr)
     threads = torch.get_num_threads()
     print(f"{here['cpu']}, {here['isa']}, {threads} threads, torch {here['torch']}\n")
     torch.manual_seed(0)

@@ -237,12 +237,12 @@ def test_ratios_of_samples_that_spread_widely_are_marked(records, noisy, marked)
 def test_a_busy_or_oversubscribed_machine_is_named_at_the_start_under_the_table_and_on_the_page(
     small_caches, monkeypatch, tmp_path, capsys
 ):
-    monkeypatch.setattr(run.os, "getloadavg", lambda: (100.04 * run.os.cpu_count(), 0.0, 0.0))
-    monkeypatch.setattr(run, "usable_cores", lambda: torch.get_num_threads() - 1)
+    monkeypatch.setattr(environment.os, "getloadavg", lambda: (100.04 * environment.os.cpu_count(), 0.0, 0.0))
+    monkeypatch.setattr(environment, "usable_cores", lambda: torch.get_num_threads() - 1)
     monkeypatch.setattr(run, "points", lambda *args: [rigged()])
     assert cli.main(["bench", "--tiny", "--out", str(tmp_path)]) == 0
     results = read_results(tmp_path / "results.json")
-    threads, load = torch.get_num_threads(), 100.04 * run.os.cpu_count()
+    threads, load = torch.get_num_threads(), 100.04 * environment.os.cpu_count()
     assert results["warnings"] == [
         f"{threads} threads share {threads - 1} usable cores and wait for each other: ratios may be off",
         f"other programs keep this machine busy (load {load:.1f}): ratios may be off",
@@ -281,9 +281,9 @@ def test_the_table_and_the_top_of_the_page_say_what_the_rivals_are(records):
 
 
 def test_a_quiet_machine_has_no_warnings(monkeypatch):
-    monkeypatch.setattr(run.os, "getloadavg", lambda: (run.os.cpu_count() / 2, 99.0, 99.0))
-    monkeypatch.setattr(run, "usable_cores", torch.get_num_threads)
-    assert run.warnings() == []
+    monkeypatch.setattr(environment.os, "getloadavg", lambda: (environment.os.cpu_count() / 2, 99.0, 99.0))
+    monkeypatch.setattr(environment, "usable_cores", torch.get_num_threads)
+    assert environment.timing_warnings() == []
 
 
 @pytest.mark.parametrize(("quota", "cores"), [("max 100000", 8), ("150000 100000", 2), ("900000 100000", 8), ("", 8)])

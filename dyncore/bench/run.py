@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from dyncore.bench.contest import Point, measure
 from dyncore.bench.page import write_page
 from dyncore.bench.plots import write_plots
 from dyncore.bench.table import one_line, render, summary
-from dyncore.measure.environment import usable_cores
+from dyncore.measure.environment import timing_warnings
 from dyncore.measure.records import new_results, write_results
 
 INTERRUPTED = 130  # exit status of a process that Ctrl-C ended
@@ -42,25 +41,10 @@ def _expected_seconds(point: Point, options: Options) -> float:
     return 0.3 + max(options.seconds, (options.min_rounds + 1) * point.work / 100) + point.work / 50
 
 
-def warnings() -> list[str]:
-    """Why times taken now may mislead: more threads than cores, or other programs at work. To be asked before ours."""
-    found = []
-    threads, cores = torch.get_num_threads(), usable_cores()
-    if threads > cores:
-        found.append(f"{threads} threads share {cores} usable cores and wait for each other: ratios may be off")
-    try:
-        load = os.getloadavg()[0]
-    except (AttributeError, OSError):  # not every system tells
-        load = 0.0
-    if load > (os.cpu_count() or 1) / 2:  # both are of the whole machine
-        found.append(f"other programs keep this machine busy (load {load:.1f}): ratios may be off")
-    return found
-
-
 def sweep(chosen: Sequence[Point], folder: Path, options: Options, console: Console) -> dict:
     """Measure the points; results.json in `folder` is whole after each. Ctrl-C ends the sweep, not the report."""
     results = new_results(options.command)
-    results["warnings"] = warnings()
+    results["warnings"] = timing_warnings()
     for warning in results["warnings"]:
         console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
     path = folder / "results.json"

@@ -20,8 +20,8 @@ RIVALS = {  # record name -> (heading, what it is)
 }
 
 RIVALS_LINE = (
-    "dense: nothing skipped (MoE: every expert); naive: index_select, linear, index_add; grouped_mm: torch's own; "
-    "equal FLOPs: a static MLP of equal FLOPs"
+    "dense: nothing skipped (MoE: every expert); naive: index_select, linear, index_add (MoE: a loop over experts); "
+    "grouped_mm: torch's own; equal FLOPs: a static MLP of equal FLOPs"
 )
 
 

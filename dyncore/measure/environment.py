@@ -52,6 +52,21 @@ def usable_cores() -> int:
         return cores
 
 
+def timing_warnings() -> list[str]:
+    """Why times taken now may mislead: more threads than cores, or other programs at work. To be asked before ours."""
+    found = []
+    threads, cores = torch.get_num_threads(), usable_cores()
+    if threads > cores:
+        found.append(f"{threads} threads share {cores} usable cores and wait for each other: ratios may be off")
+    try:
+        load = os.getloadavg()[0]
+    except (AttributeError, OSError):  # not every system tells
+        load = 0.0
+    if load > (os.cpu_count() or 1) / 2:  # both are of the whole machine
+        found.append(f"other programs keep this machine busy (load {load:.1f}): ratios may be off")
+    return found
+
+
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
