@@ -266,10 +266,11 @@ inline void dot_lines(float* c, Left<T> a, int64_t m, int64_t depth, Right<T> b,
 }
 
 template <class T>
-inline void dot_product(float* c, Left<T> a, int64_t m, int64_t depth, Right<T> b, int n, bool continues) {
+inline void dot_product(float* c, Left<T> a, int64_t m, int64_t all, int64_t depth, Right<T> b, int n, bool continues) {
   for (int64_t r = 0; n < NC && r < m; ++r)
     for (int j = n; j < NC; ++j) c[r * NC + j] = 0.0f;
-  if (m <= DR && m * depth * static_cast<int64_t>(sizeof(T)) <= kLineBytes) return dot_lines(c, a, m, depth, b, n);
+  // by the group's rows, since the number of threads decides how many of them are m
+  if (all <= DR && all * depth * static_cast<int64_t>(sizeof(T)) <= kLineBytes) return dot_lines(c, a, m, depth, b, n);
   const int64_t ahead = (kAheadBytes / (DC * depth * static_cast<int64_t>(sizeof(T))) + 1) * DC;
   for (int j = 0; j < n; j += DC) {
     const T* columns[DC];
@@ -292,13 +293,13 @@ inline void dot_product(float* c, Left<T> a, int64_t m, int64_t depth, Right<T> 
 template <class T>
 inline void dot_blocks(float* c, Left<T> a, int64_t m, int64_t all, int64_t depth, Right<T> b, int n, bool continues) {
   const int64_t fit = kDotBytes / (all * static_cast<int64_t>(sizeof(T))) / NC * NC;
-  if (depth <= fit) return dot_product(c, a, m, depth, b, n, continues);
+  if (depth <= fit) return dot_product(c, a, m, all, depth, b, n, continues);
   const int64_t blocks = (depth - 1) / fit + 1, block = ((depth - 1) / blocks / NC + 1) * NC;
   float sums[kDotRows<T> * NC];
   for (int64_t k0 = 0; k0 < depth; k0 += block) {
     const Left<T> ak{a.data + k0, a.stride, a.index};
     const Right<T> bk{b.data + k0, b.stride_n, b.stride_k, nullptr};
-    dot_product(k0 ? sums : c, ak, m, depth - k0 < block ? depth - k0 : block, bk, n, continues);
+    dot_product(k0 ? sums : c, ak, m, all, depth - k0 < block ? depth - k0 : block, bk, n, continues);
     for (int64_t j = 0; k0 && j < m * NC; j += VL) store(c + j, load(c + j) + load(sums + j));
   }
 }
