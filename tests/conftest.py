@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from dyncore.backends import cpu
+
 
 @pytest.fixture(autouse=True, scope="session")
 def no_table(tmp_path_factory):
@@ -26,3 +28,12 @@ def poisoned_memory():
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=cpu._native.supported_isas() if cpu.available else ["none"])
+def isa(request):
+    """The C++ kernels in each instruction set that this machine has."""
+    before = cpu.isa()
+    cpu._native.select_isa(request.param)
+    yield request.param
+    cpu._native.select_isa(before)

@@ -67,6 +67,14 @@ def mlp(activation, per_row=2, groups=G):
     return problem
 
 
+def one_panel(dtype):
+    """So few columns that threads share out the rows: of the small group, one or two each, of its seven."""
+    group = torch.tensor([0] * 200 + [1] * 7)[:, None]
+    p = dc.route(group, num_groups=2)
+    x, weight = leaf(207, 1024, dtype=dtype), leaf(2, 32, 1024, dtype=dtype, size=1 / 32)
+    return [x, weight], lambda: dc.grouped_linear(x, weight, plan=p)
+
+
 def moving(dtype):
     """Wide enough for both ops to be shared out."""
     p = plan()
@@ -81,6 +89,7 @@ OPERATIONS = {
     "linear-to-slots": linear(True, False, None),
     "linear-of-slots": linear(False, True, "silu"),
     "linear-slots-slots": linear(False, False, None),
+    "linear-one-panel": one_panel,
     "mlp": mlp("swiglu"),
     "mlp-one-slot-a-row": mlp("relu2", per_row=1),
     "mlp-many-groups": mlp("gelu", groups=80),

@@ -18,14 +18,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = [(1, 1, 1, 1), (5, 2, 3, 7), (33, 4, 31, 63), (64, 3, 100, 33), (150, 2, 64, 96), (40, 2, 2050, 35)]
 
 
-@pytest.fixture(params=cpu._native.supported_isas() if cpu.available else ["none"])
-def isa(request):
-    before = cpu.isa()
-    cpu._native.select_isa(request.param)
-    yield request.param
-    cpu._native.select_isa(before)
-
-
 def problem(size, dtype, activation, draw=torch.randn):
     num_rows, groups, h, i = size
     width = 2 * i if activation == "swiglu" else i
