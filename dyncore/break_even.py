@@ -78,6 +78,9 @@ class Table:
         return Table(masked, executors)
 
 
+_SPARSE = {torch.float32: 0.4, torch.bfloat16: 0.4, torch.float16: 0.4}
+
+
 @functools.cache
 def _default() -> Table:
     """Ours, always; but matrix units (AMX) run a bfloat16 product at several times the rate of the vector units that
@@ -222,6 +225,16 @@ def masked_from(device: str, op: str, rows: int, weights: Sequence[Tensor]) -> f
 def _elements(weights: Sequence[Tensor]) -> int:
     """Of one group."""
     return sum(w.shape[1] * w.shape[2] for w in weights)
+
+
+def dense_from(device: str, op: str, rows: int, weights: Sequence[Tensor]) -> float:
+    """Density of non-zeros from which sparse `op` ("sparse_linear", "sparse_mlp") on `rows` rows makes dense products.
+
+    weights: [N, I] each. 0 where nothing skips: only the CPU has kernels.
+    """
+    if device != "cpu" or not _SPARSE.get(weights[0].dtype):
+        return 0.0
+    return _SPARSE[weights[0].dtype]
 
 
 def torch_is_faster(op: str, dtype: torch.dtype, offsets: Tensor, *weights: Tensor) -> bool:
