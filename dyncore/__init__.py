@@ -12,7 +12,7 @@ from dyncore.ops import gather_rows, grouped_linear, grouped_mlp, scatter_rows
 from dyncore.plan import Plan, route, route_mask, select, select_topk
 
 if TYPE_CHECKING:
-    from dyncore import measure, nn
+    from dyncore import masks, measure, nn
 
 __version__ = "0.1.0"
 
@@ -22,6 +22,7 @@ __all__ = [
     "gather_rows",
     "grouped_linear",
     "grouped_mlp",
+    "masks",
     "measure",
     "nn",
     "ops",
@@ -34,6 +35,6 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name in ("nn", "measure"):  # loaded at first use: import dyncore stays light
+    if name in ("nn", "masks", "measure"):  # loaded at first use: import dyncore stays light
         return importlib.import_module(f"dyncore.{name}")
     raise AttributeError(f"module 'dyncore' has no attribute {name!r}")
