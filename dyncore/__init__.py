@@ -8,7 +8,7 @@ import torch as _torch  # noqa: F401  # first, so that the C++ kernels share its
 from dyncore import backends as _backends  # noqa: F401  # registers the ops
 from dyncore import ops
 from dyncore.execution import execution
-from dyncore.ops import gather_rows, grouped_linear, grouped_mlp, scatter_rows
+from dyncore.ops import gather_rows, grouped_linear, grouped_mlp, scatter_rows, sparse_linear, sparse_mlp
 from dyncore.plan import Plan, route, route_mask, select, select_topk
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ __all__ = [
     "scatter_rows",
     "select",
     "select_topk",
+    "sparse_linear",
+    "sparse_mlp",
 ]
 
 

@@ -76,7 +76,7 @@ class Plan:
         # clamped, so that an int64 that is out of range stays so
         rows, offsets = (t.clamp(-1, _MAX_INDEX).int().contiguous() for t in (rows, offsets))
         row_offsets, row_slots = _plan_inverse(rows, offsets, num_rows)
-        if _is_eager_cpu(rows):
+        if is_eager_cpu(rows):
             rises = torch.ones(rows.shape[0] + 1, dtype=torch.bool)  # slot a does not lie below slot a - 1
             rises[1:-1] = rows[1:] >= rows[:-1]
             rises[offsets.long()] = True  # where a group begins
@@ -84,7 +84,7 @@ class Plan:
                 slot = int(rises.logical_not().nonzero()[0])
                 pair = f"{int(rows[slot - 1])} then {int(rows[slot])} at slot {slot}"
                 raise ValueError(f"rows: expected ascending rows inside a group, got {pair}")
-        exact = _is_eager_cpu(rows) and int(offsets[-1]) == rows.shape[0]
+        exact = is_eager_cpu(rows) and int(offsets[-1]) == rows.shape[0]
         return cls(rows, offsets, scale, num_rows, row_offsets, row_slots, exact)
 
     @property
@@ -159,7 +159,7 @@ pytree.register_pytree_node(
 )
 
 
-def _is_eager_cpu(t: Tensor) -> bool:
+def is_eager_cpu(t: Tensor) -> bool:
     """Whether `t` holds data that can be counted cheaply, so that a shape may depend on it."""
     if not t.is_cpu or torch.compiler.is_compiling():
         return False
@@ -234,7 +234,7 @@ def select(mask: Tensor, scale: Tensor | None = None) -> Plan:
     flat = mask if mask.dim() == 1 else mask.reshape(-1)
     num_rows = flat.shape[0]
     _expect_rows("mask", num_rows)
-    if _is_eager_cpu(mask):
+    if is_eager_cpu(mask):
         rows, offsets, row_offsets, row_slots = _plan_mask._op(flat, cpu.count_mask(flat))
         return _exact_plan(rows, offsets, _at_slots(scale, rows), num_rows, row_offsets, row_slots)
     rows, offsets, row_offsets, row_slots = _plan_mask(flat, num_rows)
@@ -285,7 +285,7 @@ def route(expert: Tensor, weight: Tensor | None = None, *, num_groups: int) -> P
     _expect_rows("expert", expert.numel())
     if expert.dtype not in (torch.int32, torch.int64):
         expert = expert.int()
-    eager = _is_eager_cpu(expert)
+    eager = is_eager_cpu(expert)
     capacity = cpu.count_route(expert, num_groups) if eager else expert.numel()
     rows, offsets, row_offsets, row_slots, sources = _plan_route(expert, num_groups, capacity)
     return Plan(rows, offsets, _at_slots(weight, sources), expert.shape[0], row_offsets, row_slots, eager)
@@ -313,7 +313,7 @@ def route_mask(mask: Tensor, weight: Tensor | None = None, *, max_slots: int | N
             raise ValueError(f"max_slots: expected a number >= 0, got {max_slots}")
     num_rows, num_groups = mask.shape
     bound = mask.numel() if max_slots is None else min(max_slots, mask.numel())
-    eager = _is_eager_cpu(mask)
+    eager = is_eager_cpu(mask)
     capacity = cpu.count_mask(mask) if eager else bound
     if eager and capacity > bound:
         raise ValueError(f"max_slots: the mask has {capacity} slots, more than max_slots={max_slots}")

@@ -33,6 +33,19 @@ SCHEMAS = {
     f"{_PLAN}, str activation, Tensor in_panels, Tensor out_panels, str packed_isa) -> Tensor",
     "grouped_mlp_backward": "(Tensor grad, Tensor x, Tensor w_in, Tensor w_out, Tensor? b_in, Tensor? b_out, "
     f"Tensor pre, {_PLAN}, str activation, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # h [T, I], weight [N, I] of any strides. dense_from: the density of non-zeros from which products are dense
+    "sparse_linear": "(Tensor h, Tensor weight, Tensor? bias, float dense_from) -> Tensor",
+    "sparse_linear_backward": "(Tensor grad, Tensor h, Tensor weight, float dense_from, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor)",
+    # the result and what save names: "none", "compressed" (mask, values, row_offsets) or "dense" (pre); the rest is
+    # empty. values are as many as there are non-zeros where capacity is -1, else capacity
+    "sparse_mlp": "(Tensor x, Tensor w_in, Tensor w_out, Tensor? b_in, Tensor? b_out, str activation, "
+    "float dense_from, str save, SymInt capacity) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "sparse_hidden": "(Tensor x, Tensor w_in, Tensor? b_in, str activation, float dense_from, SymInt capacity) "
+    "-> (Tensor, Tensor, Tensor)",
+    "sparse_mlp_backward": "(Tensor grad, Tensor x, Tensor w_in, Tensor w_out, Tensor mask, Tensor values, "
+    "Tensor row_offsets, Tensor pre, str activation, float dense_from, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
 
 _library = torch.library.Library("dyncore", "DEF")

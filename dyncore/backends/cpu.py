@@ -376,3 +376,12 @@ def grouped_mlp_backward(
     )
     gradients = [_or_empty(g, x) for g in outputs]
     return gradients[0], gradients[1], gradients[2], gradients[3], gradients[4], _scaled_gradient(dscale, scale, x)
+
+
+# Zeros of a ReLU skipped ------------------------------------------------------------------------------------------
+
+sparse_linear = reference.sparse_linear
+sparse_linear_backward = reference.sparse_linear_backward
+sparse_hidden = reference.sparse_hidden
+sparse_mlp = reference.sparse_mlp
+sparse_mlp_backward = reference.sparse_mlp_backward

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dyncore import activations
 from dyncore.backends.cpu import panels_shape
 
 
@@ -82,3 +83,42 @@ def grouped_mlp_backward(
     grad, x, w_in, w_out, b_in, b_out, pre, rows, offsets, scale, row_offsets, row_slots, activation, needs
 ):
     return _gradients(needs, x, w_in, w_out, b_in, b_out, scale)
+
+
+def sparse_linear(h: Tensor, weight: Tensor, *others):
+    return h.new_empty(h.shape[0], weight.shape[0])
+
+
+def _weight_gradient(need: bool, weight: Tensor) -> Tensor:
+    """In the weight's memory layout."""
+    return torch.empty_like(weight) if need else weight.new_empty(0)
+
+
+def sparse_linear_backward(grad, h: Tensor, weight: Tensor, dense_from, needs: list[bool]):
+    dh, dbias = _gradients([needs[0], needs[2]], h, h.new_empty(weight.shape[0]))
+    return dh, _weight_gradient(needs[1], weight), dbias
+
+
+def sparse_hidden(x: Tensor, w_in: Tensor, b_in, activation: str, dense_from, capacity: int):
+    gated = activation in activations.GATED
+    num_rows, inner = x.shape[0], w_in.shape[0] // (2 if gated else 1)
+    bits = x.new_empty((num_rows, (inner + 31) // 32), dtype=torch.int32)
+    values = x.new_empty((2, capacity) if gated else (capacity,))
+    return bits, values, x.new_empty(num_rows + 1, dtype=torch.int64)
+
+
+def sparse_mlp(x: Tensor, w_in, w_out, b_in, b_out, activation: str, dense_from, save: str, capacity: int):
+    bits, values, row_offsets = x.new_empty(0, dtype=torch.int32), x.new_empty(0), x.new_empty(0, dtype=torch.int64)
+    if save == "compressed":
+        bits, values, row_offsets = sparse_hidden(x, w_in, b_in, activation, dense_from, capacity)
+    pre = x.new_empty((x.shape[0], w_in.shape[0]) if save == "dense" else (0,))
+    return x.new_empty(x.shape[0], w_out.shape[0]), bits, values, row_offsets, pre
+
+
+def sparse_mlp_backward(
+    grad, x: Tensor, w_in: Tensor, w_out: Tensor, mask, values, row_offsets, pre, activation, dense_from, needs
+):
+    dx, db_in, db_out = _gradients(
+        [needs[0], needs[3], needs[4]], x, x.new_empty(w_in.shape[0]), x.new_empty(w_out.shape[0])
+    )
+    return dx, _weight_gradient(needs[1], w_in), _weight_gradient(needs[2], w_out), db_in, db_out

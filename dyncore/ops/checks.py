@@ -23,8 +23,8 @@ def expect_plan(plan: object) -> Plan:
     return plan
 
 
-def expect_tensor(name: str, value: object, like: Tensor | None = None) -> Tensor:
-    """`value` as a strided floating tensor, of the dtype and on the device of `like`."""
+def expect_tensor(name: str, value: object, like: Tensor | None = None, of: str = "x") -> Tensor:
+    """`value` as a strided floating tensor, of the dtype and on the device of `like`, which messages call `of`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
     dtype = value.dtype
@@ -35,7 +35,7 @@ def expect_tensor(name: str, value: object, like: Tensor | None = None) -> Tenso
     if value.layout != torch.strided:
         raise TypeError(f"{name}: expected a strided tensor, got {value.layout}")
     if like is not None and dtype != like.dtype:
-        raise TypeError(f"{name}: expected the dtype of x, {like.dtype}, got {dtype}")
+        raise TypeError(f"{name}: expected the dtype of {of}, {like.dtype}, got {dtype}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{name}: expected a tensor on {like.device}, got one on {value.device}")
     return value
@@ -79,11 +79,18 @@ def expect_slots(name: str, y: Tensor, plan: Plan) -> Tensor:
 
 
 def _flatten(name: str, x: Tensor, plan: Plan) -> Tensor:
+    expect_dims(name, x)
+    _expect_device(name, x, plan)
+    return x if x.dim() == 2 else flattened(x)
+
+
+def expect_dims(name: str, x: Tensor) -> None:
     if x.dim() < 2:
         raise ValueError(f"{name}: expected at least 2 dimensions [..., D], got shape {list(x.shape)}")
-    _expect_device(name, x, plan)
-    if x.dim() == 2:
-        return x
+
+
+def flattened(x: Tensor) -> Tensor:
+    """[..., D] as [T, D]."""
     rows = 1
     for size in x.shape[:-1]:
         rows = rows * size

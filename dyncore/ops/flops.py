@@ -6,8 +6,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 
+def holds_no_data(t: Tensor) -> bool:
+    """Whether a formula can read no numbers, and gives the static bound."""
+    return isinstance(t, FakeTensor) or t.device.type == "meta"
+
+
 def live_slots(rows: Tensor, offsets: Tensor) -> int:
     """The number of live slots; the static bound where tensors hold no data. Waits for the device."""
-    if isinstance(offsets, FakeTensor) or offsets.device.type == "meta":
+    if holds_no_data(offsets):
         return rows.shape[0]
     return int(offsets[-1])

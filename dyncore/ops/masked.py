@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dyncore.backends.reference import check_plan
-from dyncore.break_even import masked_from
+from dyncore.break_even import NEVER, masked_from
+from dyncore.break_even import dense_from as dense_break_even
 from dyncore.execution import mode
 from dyncore.plan import Plan
 
@@ -23,6 +24,20 @@ def compute_masked(plan: Plan, op: str, *weights: Tensor) -> bool:
     rows = plan.rows
     device = "cpu" if rows.is_cpu else rows.device.type  # the latter takes 0.3 us
     return rows.shape[0] >= masked_from(device, op, plan.num_rows, weights) * (plan.num_rows * plan.num_groups)
+
+
+def dense_from(op: str, x: Tensor, *weights: Tensor) -> float | None:
+    """The density of non-zeros from which `op` on rows `x` makes dense products, in the execution mode in force.
+
+    inf: it always skips. None: no kernel skips here, or none shall: plain PyTorch computes everything.
+    """
+    name = mode()
+    if name == "sparse":
+        return NEVER
+    if name == "masked":
+        return None
+    device = "cpu" if x.is_cpu else x.device.type  # the latter takes 0.3 us
+    return dense_break_even(device, op, x.shape[0], weights) or None
 
 
 def selection(plan: Plan, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
