@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from dyncore.bench.table import RIVALS, shape_text
+from dyncore.measure.figures import THEMES, legend, new_figure, style
 from dyncore.measure.savings import break_even
 
-THEMES = {"": ("#ffffff", "#1f2328", "#d0d7de"), "-dark": ("#0d1117", "#e6edf3", "#30363d")}  # paper, ink, lines
 # Okabe and Ito: told apart by readers who see few colours, on either paper.
 COLOURS = {
     "dyncore": "#0a84d0",
@@ -31,37 +31,12 @@ def _plain(value: float, _: object = None) -> str:
     return f"{value:g}"
 
 
-def _figure(width: float, height: float, theme: str) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=140, layout="constrained")
-    figure.set_facecolor(THEMES[theme][0])
-    return figure
-
-
-def _style(axes: Axes, theme: str) -> None:
-    paper, ink, lines = THEMES[theme]
-    axes.set_facecolor(paper)
-    axes.grid(True, color=lines, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=ink, which="both")
-    for spine in axes.spines.values():
-        spine.set_color(lines)
-    for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
-        text.set_color(ink)
-
-
-def _legend(axes: Axes, theme: str) -> None:
-    """Below the axes, where it covers no point."""
-    paper, ink, _ = THEMES[theme]
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13), "ncols": 2, "borderaxespad": 0.8}
-    axes.legend(facecolor=paper, edgecolor=paper, labelcolor=ink, fontsize=8, **place)
-
-
 def speedup_plot(records: _Records, theme: str) -> Figure | None:
     """Wall-clock speed-up against FLOP speed-up, both over dense; on the line y = x each saved FLOP saved its time."""
     points = [r for r in records if r["flop_speedup"]]
     if not points:
         return None
-    figure = _figure(6.4, 6.0, theme)
+    figure = new_figure(6.4, 6.0, theme)
     axes = figure.subplots()
     for mechanism in dict.fromkeys(r["mechanism"] for r in points):
         of = [r for r in points if r["mechanism"] == mechanism]
@@ -74,8 +49,8 @@ def speedup_plot(records: _Records, theme: str) -> Figure | None:
             for r in of
             if "naive" in r["variants"]
         ]
-        style = {"facecolors": "none", "edgecolors": COLOURS["naive"], "marker": marker}
-        axes.scatter(*zip(*naive, strict=True), label=f"{mechanism}: naive PyTorch", **style) if naive else None
+        hollow = {"facecolors": "none", "edgecolors": COLOURS["naive"], "marker": marker}
+        axes.scatter(*zip(*naive, strict=True), label=f"{mechanism}: naive PyTorch", **hollow) if naive else None
     low = min(1.0, *(r["wall_clock_speedup"] for r in points)) * 0.8
     high = max(2.0, *(max(r["flop_speedup"], r["wall_clock_speedup"]) for r in points)) * 1.25
     axes.plot(
@@ -89,8 +64,8 @@ def speedup_plot(records: _Records, theme: str) -> Figure | None:
         axis.set_ticks([t for t in (0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64) if low <= t <= high])
         axis.set_minor_locator(NullLocator())
     axes.set(xlim=(0.9, high), ylim=(low, high))
-    _style(axes, theme)
-    _legend(axes, theme)
+    style(axes, theme)
+    legend(axes, theme)
     return figure
 
 
@@ -124,8 +99,8 @@ def _curve(axes: Axes, title: str, records: _Records, theme: str) -> None:
         axes.plot([], [], " ", label="slower than dense at each point")
     axes.set(xlabel="keep ratio", ylabel="ms", xlim=(0, 1.04), ylim=(0, 1.15 * max(dense)))
     axes.set_title(title, fontsize=9)
-    _style(axes, theme)
-    _legend(axes, theme)
+    style(axes, theme)
+    legend(axes, theme)
 
 
 def keep_plot(records: _Records, theme: str) -> Figure | None:
@@ -133,7 +108,7 @@ def keep_plot(records: _Records, theme: str) -> Figure | None:
     curves = _curves(records)
     if not curves:
         return None
-    figure = _figure(6.4, 3.8 * len(curves), theme)  # one column: readable on a phone
+    figure = new_figure(6.4, 3.8 * len(curves), theme)  # one column: readable on a phone
     panels = figure.subplots(len(curves), squeeze=False).flatten()
     for axes, ((mechanism, _, shape, dtype, phase), of) in zip(panels, curves.items(), strict=True):
         _curve(axes, f"{mechanism}, {shape}, {dtype}, {phase}", of, theme)
@@ -145,7 +120,7 @@ def moe_plot(records: _Records, theme: str) -> Figure | None:
     points = [r for r in records if r["mechanism"] == "moe"]
     if not points:
         return None
-    figure = _figure(7.2, 0.62 * len(points) + 1.4, theme)
+    figure = new_figure(7.2, 0.62 * len(points) + 1.4, theme)
     axes = figure.subplots()
     names = [name for name in RIVALS if any(name in r["against"] for r in points)]
     for i, name in enumerate(names):
@@ -163,7 +138,7 @@ def moe_plot(records: _Records, theme: str) -> Figure | None:
     axes.set_xticks([t for t in (0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64) if low <= t <= high])
     axes.xaxis.set_major_formatter(FuncFormatter(_plain))
     axes.xaxis.set_minor_locator(NullLocator())
-    _style(axes, theme)
+    style(axes, theme)
     paper, ink, _ = THEMES[theme]
     figure.legend(loc="outside upper center", ncols=4, facecolor=paper, edgecolor=paper, labelcolor=ink, fontsize=8)
     return figure
