@@ -3,16 +3,22 @@
 Floor 4: knows modules and callables, the ops only through their FLOP formulas. Needs torch alone.
 """
 
+from dyncore.measure.activation_sparsity import activation_sparsity
 from dyncore.measure.environment import environment, last_level_cache
 from dyncore.measure.flops import flops
 from dyncore.measure.records import new_results, read_results, write_results
 from dyncore.measure.savings import Savings, break_even, realised_saving, savings, scaling_efficiency
+from dyncore.measure.sparsity_report import ActivationSparsity
+from dyncore.measure.sparsity_statistics import LayerSparsity
 from dyncore.measure.timing import Interleaved, Timing, cold_copies
 
 __all__ = [
+    "ActivationSparsity",
     "Interleaved",
+    "LayerSparsity",
     "Savings",
     "Timing",
+    "activation_sparsity",
     "break_even",
     "cold_copies",
     "environment",

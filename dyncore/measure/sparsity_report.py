@@ -1,0 +1,100 @@
+"""ActivationSparsity: what measure.activation_sparsity found, as a table, as JSON and as plots."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+from torch import Tensor
+
+from dyncore.measure.records import new_results, write_results
+from dyncore.measure.sparsity_statistics import LayerSparsity
+from dyncore.measure.sparsity_verdict import PHASES
+
+SCHEMA = "dyncore.activation_sparsity/1"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
+def _table(rows: list[list[str]]) -> str:
+    """The first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ActivationSparsity:
+    """Zeros of each watched layer, in the order of the model.
+
+    Attributes:
+        layers: by name.
+        unwatched: why other layers were not watched, by name.
+        masks: bool [R, I] by layer: the first rows, as many as `record_masks` asked for; `dyncore.masks.save` stores
+            them.
+    """
+
+    layers: dict[str, LayerSparsity]
+    unwatched: dict[str, str]
+    masks: dict[str, Tensor]
+
+    def record(self) -> dict[str, Any]:
+        """A document of schema dyncore.activation_sparsity/1: created, environment, and a record of each layer."""
+        results = new_results("measure.activation_sparsity")
+        return {
+            "schema": SCHEMA,
+            "created": results["created"],
+            "environment": results["environment"],
+            "unwatched": dict(self.unwatched),
+            "records": [layer.record() for layer in self.layers.values()],
+        }
+
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        write_results(path, self.record())
+
+    def plot(self, path: str | os.PathLike[str], *, dark: bool = False) -> None:
+        """Write a picture (PNG, or what the name says): zeros by layer, neurons by rate, union by tile.
+
+        Needs matplotlib (the extra "bench"). Raises ValueError where no layer was watched.
+        """
+        from dyncore.measure.sparsity_plots import sparsity_plot
+
+        if not self.layers:
+            raise ValueError("plot: expected at least one watched layer, got none")
+        figure = sparsity_plot(list(self.layers.values()), "-dark" if dark else "")
+        figure.savefig(path, facecolor=figure.get_facecolor())
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return "\n".join(["no layer was watched", *(f"{name}: {why}" for name, why in self.unwatched.items())])
+        sizes = list(next(iter(self.layers.values())).union)
+        tiles = [f"union {size}" for size in sizes if size > 1]
+        head = ["layer", "kind", "neurons", "zeros", "5%..95% of tokens", "dead", "hot", "Gini", "Jaccard", "random"]
+        rows = [[*head, *tiles, *PHASES]]
+        for layer in self.layers.values():
+            low, high = layer.token_quantile(0.05), layer.token_quantile(0.95)
+            similar = [layer.jaccard_neighbours, layer.jaccard_random]
+            speedups = layer.verdict.speedups.values()
+            rows.append(
+                [
+                    layer.name,
+                    layer.products.kind,
+                    str(layer.neurons),
+                    _percent(layer.zero_fraction),
+                    f"{_percent(low)}..{_percent(high)}",
+                    _percent(layer.dead),
+                    _percent(layer.hot),
+                    f"{layer.gini:.2f}",
+                    *("-" if s is None else f"{s:.2f}" for s in similar),
+                    *(_percent(layer.union[size]) for size in sizes if size > 1),
+                    *(f"{s:.2f}x" for s in speedups),
+                ]
+            )
+        of = "hot: fires on at least {:.0%} of tokens; x: estimated speed-up of the layer's MLP (linear: of the layer)"
+        hot_rate = next(iter(self.layers.values())).hot_rate
+        return _table(rows) + f"\n{of.format(hot_rate)} over dense execution"
