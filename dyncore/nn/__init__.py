@@ -7,6 +7,7 @@ from dyncore.nn.gates import GumbelGate, StraightThroughGate, ThresholdGate, Top
 from dyncore.nn.mlp import MLP
 from dyncore.nn.moe import MoE
 from dyncore.nn.skip import Skip
+from dyncore.nn.sparse_mlp import SparseLinear, SparseMLP
 from dyncore.nn.tokens import MixtureOfDepths, TokenSkip
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "MixtureOfDepths",
     "MoE",
     "Skip",
+    "SparseLinear",
+    "SparseMLP",
     "StraightThroughGate",
     "ThresholdGate",
     "TokenSkip",

@@ -17,8 +17,8 @@ from dyncore.nn.mlp import ACTIVATIONS, MLP
 
 # (gate or only input, up or None, output), by the names in use: Mixtral, Llama and Qwen, GPT and OPT, this package
 _NAMES = (("w1", "w3", "w2"), ("gate_proj", "up_proj", "down_proj"), ("fc1", None, "fc2"), ("w_in", None, "w_out"))
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-_PASSED = (nn.Linear, nn.Identity, *_DROPOUTS)  # children that are no activation
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_PASSED = (nn.Linear, nn.Identity, *DROPOUTS)  # children that are no activation
 _GATED_BY = {gate: gated for gated, gate in activations.GATED.items()}
 
 
@@ -32,7 +32,7 @@ class ExpertWeights(NamedTuple):
     activation: str
 
 
-def _activation_name(act: object, name: str) -> str:
+def activation_name(act: object, name: str) -> str:
     if isinstance(act, str) and act in ACTIVATIONS:
         return act
     kind = type(act).__name__.lower() if isinstance(act, nn.Module) else getattr(act, "__name__", "").lower()
@@ -48,11 +48,11 @@ def _activation_name(act: object, name: str) -> str:
     raise ValueError(f"{name}: expected one of the activations {', '.join(ACTIVATIONS)}, got {kind or act!r}")
 
 
-def _shown_activation(module: nn.Module, gated: bool, name: str) -> str | None:
+def shown_activation(module: nn.Module, gated: bool, name: str) -> str | None:
     """The name of the activation among the children and attributes of an MLP, None if there is none to see."""
     found = [m for m in module.children() if not isinstance(m, _PASSED)]
     found += [getattr(module, n) for n in ("act_fn", "act", "activation", "activation_fn") if hasattr(module, n)]
-    names = {_activation_name(act, name) for act in found}
+    names = {activation_name(act, name) for act in found}
     if len(names) > 1:
         raise ValueError(f"{name}: expected one activation, got {' and '.join(sorted(names))}")
     if names:
@@ -77,7 +77,7 @@ def _linears(module: nn.Module, name: str) -> tuple[nn.Linear, nn.Linear | None,
 def _expect_nothing_else(module: nn.Module, linears: list[nn.Linear], name: str) -> None:
     """ValueError on anything that would be lost: other parameters, a second activation, another order, dropout."""
     for child in module.modules():
-        if isinstance(child, _DROPOUTS) and child.p != 0:
+        if isinstance(child, DROPOUTS) and child.p != 0:
             raise ValueError(
                 f"{name}: expected dropout with p=0, for MoE has none, got {type(child).__name__}({child.p})"
             )
@@ -111,7 +111,7 @@ def _joined(gate: Tensor | None, up: Tensor | None, like: Tensor) -> Tensor | No
     return joined.requires_grad_(any(b is not None and b.requires_grad for b in (gate, up)))
 
 
-def _tolerance(dtype: torch.dtype) -> float:
+def tolerance_of(dtype: torch.dtype) -> float:
     """What two orders of the same sums may differ by, as a share of the largest output."""
     if dtype == torch.float64:
         return 1e-9
@@ -149,7 +149,7 @@ def _expect_same_results(module: nn.Module, weights: ExpertWeights, name: str) -
         what = list(got.shape) if isinstance(got, Tensor) else type(got).__name__
         raise ValueError(f"{name}: expected a module that returns rows {list(want.shape)}, got {what}")
     size = float(want.nan_to_num().abs().max())
-    tolerance = _tolerance(w_in.dtype)
+    tolerance = tolerance_of(w_in.dtype)
     if not torch.allclose(got.to(wide), want, rtol=0, atol=tolerance * size, equal_nan=True):
         apart = float((got.to(wide) - want).abs().max())
         raise ValueError(
@@ -177,7 +177,7 @@ def read_expert(module: nn.Module, activation: str | None = None, *, name: str =
     first, up, last = _linears(module, name)
     _expect_nothing_else(module, [first, last] if up is None else [first, up, last], name)
     if activation is None:
-        activation = _shown_activation(module, up is not None, name)
+        activation = shown_activation(module, up is not None, name)
         if activation is None:
             raise ValueError(f"activation: expected its name, for {type(module).__name__} does not show it; got None")
     expect_choice("activation", activation, ACTIVATIONS)

@@ -1,0 +1,240 @@
+"""SparseLinear and SparseMLP: the numbers of dense layers in the time of the non-zeros that a ReLU leaves.
+
+Floor 4, on dc.sparse_linear and dc.sparse_mlp. They take the place of trained layers without a change of state_dict.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dyncore import activations
+from dyncore.nn.base import expect_choice
+from dyncore.nn.dense_mlps import Parts, matching_parts
+from dyncore.ops import sparse_linear, sparse_mlp
+from dyncore.ops.sparse_mlp import ACTIVATIONS, SAVE
+
+
+def _rows(h: Tensor) -> Tensor:
+    """The ops take rows, Linear layers a single one without its dimension, too."""
+    return h[None] if h.dim() == 1 else h
+
+
+class SparseLinear(nn.Linear):
+    """A Linear layer that skips the zeros of its input (dc.sparse_linear): exact for any input, made for one after a
+    ReLU.
+
+    The weight is a Parameter of nn.Linear's shape [N, I], stored neuron-major (strides (1, N)), so that few rows read
+    the weights of neurons that are on, alone. It stays so through load_state_dict, copies, pickles and `to`.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None):
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._lay_out()
+
+    def forward(self, h: Tensor) -> Tensor:
+        y = sparse_linear(_rows(h), self.weight, self.bias)
+        return y[0] if h.dim() == 1 else y
+
+    def _lay_out(self) -> None:
+        weight = self.weight
+        if weight.dim() == 2 and not weight.t().is_contiguous():
+            weight.data = weight.detach().t().contiguous().t()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lay_out()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._lay_out()  # assign=True puts another tensor in its place
+
+    @classmethod
+    def from_dense(cls, linear: nn.Linear) -> SparseLinear:
+        """A SparseLinear that shares the Parameters of `linear`, whose weight is stored neuron-major from now on."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.in_features, layer.out_features = linear.in_features, linear.out_features
+        for name, parameter in linear._parameters.items():
+            layer.register_parameter(name, parameter)
+        layer.training = linear.training
+        layer._lay_out()
+        return layer
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether a forward may use a layer's Parameters and not call it: no hooks, and no adapter in its place."""
+    return (type(linear) is nn.Linear or type(linear) is SparseLinear) and not (
+        linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
+    )
+
+
+def _joined_weight(gate: Tensor, up: Tensor) -> Tensor:
+    """[2I, H]: without a copy where they lie so in memory already and no gradient is wanted."""
+    if (
+        not torch.compiler.is_compiling()
+        and not (torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad))
+        and type(gate.data) is Tensor
+        and gate.is_contiguous()
+        and up.is_contiguous()
+        and gate.untyped_storage().data_ptr() == up.untyped_storage().data_ptr()
+        and up.storage_offset() == gate.storage_offset() + gate.numel()
+    ):
+        return gate.detach().as_strided((gate.shape[0] + up.shape[0], gate.shape[1]), gate.stride())
+    return torch.cat([gate, up])
+
+
+def _joined_bias(gate: nn.Linear, up: nn.Linear) -> Tensor | None:
+    if gate.bias is None and up.bias is None:
+        return None
+    zeros = gate.weight.new_zeros
+    return torch.cat([zeros(part.weight.shape[0]) if part.bias is None else part.bias for part in (gate, up)])
+
+
+def feed_forward(
+    x: Tensor,
+    first: nn.Linear,
+    up: nn.Linear | None,
+    last: nn.Linear,
+    dropout: nn.Module | None,
+    activation: str,
+    save: str,
+) -> Tensor:
+    """last(dropout(act(first(x)))), with reglu act(first(x)) * up(x), or where `up` is None, `first` is both halves.
+
+    By dc.sparse_mlp where nothing stands between, else the layers are called, and `last`, a SparseLinear, skips alone.
+    """
+    weights = (first.weight, last.weight)
+    if (
+        (dropout is not None and dropout.training and dropout.p > 0)  # type: ignore[operator]
+        or not (_is_plain(first) and _is_plain(last) and (up is None or _is_plain(up)))
+        or weights[0].dtype != weights[1].dtype
+    ):
+        h = hidden(x, first, up, activation)
+        return last((h if dropout is None else dropout(h)).to(weights[1].dtype))
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
+    if x.dim() == 0 or x.shape[-1] != weights[0].shape[1]:
+        raise ValueError(f"x: expected shape [..., {weights[0].shape[1]}], got {list(x.shape)}")
+    if up is None:
+        w_in, b_in = weights[0], first.bias
+    else:
+        w_in, b_in = _joined_weight(weights[0], up.weight), _joined_bias(first, up)
+    y = sparse_mlp(_rows(x), w_in, weights[1], b_in, last.bias, activation=activation, save=save)
+    return y[0] if x.dim() == 1 else y
+
+
+def hidden(x: Tensor, first: nn.Module, up: nn.Module | None, activation: str) -> Tensor:
+    """The hidden activation [..., I], as a tensor."""
+    if up is not None:
+        return activations.value(first(x), activations.GATED[activation]) * up(x)
+    return activations.hidden(first(x), activation)
+
+
+class SparseMLP(nn.Module):
+    """w_out act(w_in x + b_in) + b_out on [..., H], skipping the neurons that the ReLU shuts: exact at any sparsity.
+
+    Args:
+        dim: H. hidden_dim: I.
+        activation: "relu" (Mirzadeh et al. 2023), "relu2" (So et al. 2021) or "reglu" (Shazeer 2020), whose w_in has
+            [2I, H], gate half first.
+        save: "compressed", "dense" or "recompute": what of the hidden layer is kept for the backward (dc.sparse_mlp).
+
+    `w_in` and `w_out` are Linear layers; `w_out.weight` is stored neuron-major. `from_dense` takes trained layers.
+    A penalty on activations needs them as a tensor: `h = mlp.hidden(x); y = mlp.project(h)` is the same MLP in two
+    steps, of which the second alone skips zeros.
+    """
+
+    def __init__(
+        self, dim: int, hidden_dim: int, *, activation: str = "relu", bias: bool = True, save: str = "compressed"
+    ) -> None:
+        super().__init__()
+        expect_choice("activation", activation, ACTIVATIONS)
+        self.save = expect_choice("save", save, SAVE)
+        self._parts = Parts("w_in", None, "w_out", None, None, activation)
+        self.w_in = nn.Linear(dim, 2 * hidden_dim if activation == "reglu" else hidden_dim, bias=bias)
+        self.w_out = SparseLinear(hidden_dim, dim, bias=bias)
+
+    @property
+    def activation(self) -> str:
+        return self._parts.activation
+
+    def _part(self, name: str | None) -> Any:
+        return None if name is None else self._modules[name]
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self._parts
+        first, up, last = self._part(parts.first), self._part(parts.up), self._part(parts.last)
+        y = feed_forward(x, first, up, last, self._part(parts.dropout), parts.activation, self.save)
+        return y if parts.out_dropout is None else self._part(parts.out_dropout)(y)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """The hidden activation [..., I] of x, differentiable."""
+        h = hidden(x, self._part(self._parts.first), self._part(self._parts.up), self.activation)
+        return h if self._parts.dropout is None else self._part(self._parts.dropout)(h)
+
+    def project(self, h: Tensor) -> Tensor:
+        """The output [..., H] of a hidden activation, whose zeros are skipped."""
+        last = self._part(self._parts.last)
+        y = last(h.to(last.weight.dtype))
+        return y if self._parts.out_dropout is None else self._part(self._parts.out_dropout)(y)
+
+    @classmethod
+    def from_dense(cls, module: nn.Module, *, save: str = "compressed") -> SparseMLP:
+        """A SparseMLP of the Parameters of a trained ReLU MLP, under the same names: its state_dict is module's.
+
+        Args:
+            module: Sequential(Linear, ReLU, [Dropout,] Linear [, Dropout]); dyncore.nn.MLP; or a module with Linear
+                layers fc1/fc2, wi/wo, wi_0/wi_1/wo (T5), linear1/linear2, lin1/lin2, up_proj/down_proj, w_in/w_out, or
+                gated gate_proj/up_proj/down_proj, w1/w3/w2, and a ReLU or squared ReLU that shows. It is run on random
+                rows, in evaluation and in training, against what was read.
+
+        The Parameters are shared with `module`; they keep shape and values, but the output weight is stored
+        neuron-major from now on, and a gate's and its up's weights side by side. A dropout on the hidden layer stays:
+        while it is active the hidden layer is computed in full, and the output layer alone skips.
+
+        Raises TypeError where it is no module; ValueError, with the reason, on other builds and activations, on what
+        computes something else, and on layers that are hooked, quantised, parametrized or share memory with others.
+        """
+        expect_choice("save", save, SAVE)
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.save = save
+        matching_parts(module, layer._take)
+        layer.training = module.training
+        layer.add_module(layer._parts.last, SparseLinear.from_dense(layer._part(layer._parts.last)))
+        layer._lay_out()
+        return layer
+
+    def _take(self, module: nn.Module, parts: Parts) -> SparseMLP:
+        """Itself, with these parts of a module."""
+        self._parts = parts
+        self._modules.clear()
+        for name in (parts.first, parts.up, parts.dropout, parts.last, parts.out_dropout):
+            if name is not None:
+                self.add_module(name, module.get_submodule(name))
+        return self
+
+    def _lay_out(self) -> None:
+        """The weights of gate and up side by side, so that a forward reads them as one."""
+        gate, up = self._part(self._parts.first), self._part(self._parts.up)
+        if not (type(gate) is nn.Linear and type(up) is nn.Linear):
+            return
+        with torch.no_grad():
+            both = _joined_weight(gate.weight, up.weight)
+        if both.untyped_storage().data_ptr() != gate.weight.untyped_storage().data_ptr():
+            gate.weight.data, up.weight.data = both.chunk(2)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lay_out()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> SparseMLP:
+        super()._apply(*args, **kwargs)
+        self._lay_out()
+        return self
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}, save={self.save}"
