@@ -1,9 +1,9 @@
 """A small ReLU language model learns to leave most of its neurons off, and its time falls with them.
 
 Trains a byte-level transformer on the documentation and source text that ships with Python, with a penalty on the
-hidden activations of its MLPs, twice in lock step: MLPs by dc.sparse_mlp, and their dense twin (linear, relu, linear)
-from the same seed on the same batches. Prints, as training goes on, both losses, the share of zeros, the time of a
-training step and of decoding a token; a few minutes on two cores.
+hidden activations of its MLPs, twice in lock step: nn.SparseMLP, and its dense twin (linear, relu, linear) from the
+same weights on the same batches. Prints, as training goes on, both losses, the share of zeros, the time of a training
+step and of decoding a token; a few minutes on two cores.
 
     python examples/relu_lm.py
     python examples/relu_lm.py --penalty hoyer
@@ -11,7 +11,7 @@ training step and of decoding a token; a few minutes on two cores.
 
 What a penalty costs. The L1 norm of a ReLU's output is its sum, hence one more output of the down product, whose
 weights are all 1: the fused op gives it and its gradient without any [T, I] tensor. Hoyer's ratio needs the hidden
-activation itself: a dense up product with dc.sparse_linear behind it, whose backward makes three of six products dense.
+activation itself: a dense up product with dc.sparse_linear behind it, so that four of six products stay dense.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 import dyncore as dc
 from dyncore import masks
+from dyncore.nn import MLP, SparseMLP
 
 VOCABULARY = 128  # ASCII
 SHARE_HELD_OUT = 16  # every 16th piece of the text
@@ -89,49 +90,42 @@ def batches(text: Tensor, sizes: Sizes, seed: int) -> Iterator[tuple[Tensor, Ten
 # Model ----------------------------------------------------------------------------------------------------------------
 
 
-class ReluMLP(nn.Module):
-    """w_out relu(w_in x + b_in) + b_out by the sparse ops; `w_out.weight` [H, I] is stored neuron by neuron.
+class ReluMLP(SparseMLP):
+    """A SparseMLP with a penalty on its hidden activation h [..., I].
 
     In training `last_penalty` is the mean over tokens of the penalty: "l1" |h|_1 / I, "hoyer" |h|_1^2 / (I |h|_2^2)
     (Hoyer 2004, as a loss Yang et al. 2020, "DeepHoyer"), which is 1/I for one active neuron and 1 for equal ones.
     """
 
-    activation = "relu"
     last_penalty: Tensor | None = None
 
-    def __init__(self, dim: int, hidden: int, penalty: str) -> None:
-        super().__init__()
+    def __init__(self, dim: int, hidden_dim: int, penalty: str) -> None:
+        super().__init__(dim, hidden_dim)
         self.penalty = penalty
-        self.w_in, self.w_out = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-        self._store()
-
-    def _store(self) -> None:
-        self.w_out.weight = nn.Parameter(self.w_out.weight.detach().t().contiguous().t())
-
-    def hidden(self, x: Tensor) -> Tensor:
-        return F.relu(self.w_in(x))
 
     def forward(self, x: Tensor) -> Tensor:
-        weights = self.w_in.weight, self.w_out.weight, self.w_in.bias, self.w_out.bias
         if not self.training:
-            return dc.sparse_mlp(x, *weights)
+            return super().forward(x)
         if self.penalty == "l1":
-            y, norm = with_l1(x, *weights)
+            y, norm = with_l1(x, self.w_in.weight, self.w_out.weight, self.w_in.bias, self.w_out.bias)
             self.last_penalty = norm.mean() / self.w_in.out_features
             return y
         h = self.hidden(x)
         self.last_penalty = hoyer(h)
-        return dc.sparse_linear(h, self.w_out.weight, self.w_out.bias)
+        return self.project(h)
 
 
-class DenseMLP(ReluMLP):
-    """The same with PyTorch's own operations and its own layout."""
+class DenseMLP(MLP):
+    """The same of linear, relu and linear, with PyTorch's own layout."""
 
-    def _store(self) -> None:
-        pass
+    last_penalty: Tensor | None = None
+
+    def __init__(self, dim: int, hidden_dim: int, penalty: str) -> None:
+        super().__init__(dim, hidden_dim, activation="relu")
+        self.penalty = penalty
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.hidden(x)
+        h = F.relu(self.w_in(x))
         if self.training:
             self.last_penalty = h.mean() if self.penalty == "l1" else hoyer(h)
         return self.w_out(h)
@@ -181,7 +175,7 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    def __init__(self, sizes: Sizes, mlp: type[ReluMLP], penalty: str) -> None:
+    def __init__(self, sizes: Sizes, mlp: type[nn.Module], penalty: str) -> None:
         super().__init__()
         self.sizes = sizes
         self.embed = nn.Embedding(VOCABULARY, sizes.dim)
@@ -310,6 +304,7 @@ def run(text: Tensor, sizes: Sizes, settings: Settings, record_rows: int = 0) ->
         torch.manual_seed(settings.seed)
         model = LanguageModel(sizes, mlp, settings.penalty)
         trainers[name] = Trainer(model, settings.steps, settings.strength, settings.learning_rate)
+    trainers["dense"].model.load_state_dict(trainers["sparse"].model.state_dict())
     models = {name: trainer.model for name, trainer in trainers.items()}
     losses: dict[str, list[float]] = {name: [] for name in trainers}
     points, begun = [], 0

@@ -219,29 +219,23 @@ def test_a_layer_called_several_times_is_counted_each_time():
     assert layer.rows == 8
 
 
-class Fused(nn.Module):
-    """What a module looks like that makes its hidden activation within one op."""
-
-    activation = "relu"
-
-    def __init__(self):
-        super().__init__()
-        self.w_in, self.w_out = nn.Linear(8, 32), nn.Linear(32, 8)
-
-    def hidden(self, x):
-        return F.relu(self.w_in(x))
-
-    def forward(self, x):
-        return dc.sparse_mlp(x, self.w_in.weight, self.w_out.weight, self.w_in.bias, self.w_out.bias)
-
-
-def test_fused_modules_say_what_their_hidden_activation_is():
-    model, x = nn.Sequential(Fused(), nn.Linear(8, 2)), torch.randn(5, 8)
+@pytest.mark.parametrize(("activation", "kind"), [("relu", "mlp"), ("relu2", "mlp"), ("reglu", "gated")])
+def test_fused_modules_say_what_their_hidden_activation_is(activation, kind):
+    model, x = nn.Sequential(dc.nn.SparseMLP(8, 32, activation=activation), nn.Linear(8, 2)), torch.randn(5, 8)
     report = activation_sparsity(model, [x])
     assert list(report.layers) == ["0"]
-    assert torch.equal(report.layers["0"].fired, (model[0].hidden(x) > 0).sum(0))
-    assert report.layers["0"].products.kind == "mlp"
+    assert torch.equal(report.layers["0"].fired, (model[0].hidden(x) != 0).sum(0))
+    products = report.layers["0"].products
+    assert (products.kind, products.inputs, products.neurons, products.outputs) == (kind, 8, 32, 8)
     assert list(report.unwatched) == ["1"]
+
+
+def test_a_sparse_linear_layer_is_watched_as_a_linear_one_is():
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), dc.nn.SparseLinear(32, 8))
+    x = torch.randn(5, 8)
+    layer = activation_sparsity(model, [x]).layers["2"]
+    assert torch.equal(layer.fired, (model[:2](x) > 0).sum(0))
+    assert layer.products.kind == "mlp"
 
 
 def test_torchs_own_encoder_layer_and_its_fast_path():
