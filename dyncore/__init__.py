@@ -12,12 +12,13 @@ from dyncore.ops import gather_rows, grouped_linear, grouped_mlp, scatter_rows, 
 from dyncore.plan import Plan, route, route_mask, select, select_topk
 
 if TYPE_CHECKING:
-    from dyncore import masks, measure, nn
+    from dyncore import convert, masks, measure, nn
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Plan",
+    "convert",
     "execution",
     "gather_rows",
     "grouped_linear",
@@ -37,6 +38,6 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name in ("nn", "masks", "measure"):  # loaded at first use: import dyncore stays light
+    if name in ("convert", "masks", "measure", "nn"):  # loaded at first use: import dyncore stays light
         return importlib.import_module(f"dyncore.{name}")
     raise AttributeError(f"module 'dyncore' has no attribute {name!r}")

@@ -14,7 +14,8 @@ import dyncore
 seconds = time.process_time() - start
 import sys
 heavy = [m for m in ( "transformers", "matplotlib", "rich", "typer", "sklearn", "scipy",
-                     "dyncore.nn", "dyncore.measure", "dyncore.cli", "torch._dynamo", "torch._inductor")
+                     "dyncore.nn", "dyncore.measure", "dyncore.convert", "dyncore.cli",
+                     "torch._dynamo", "torch._inductor")
          if m in sys.modules]
 print(seconds, *heavy, file=sys.stderr)
 """

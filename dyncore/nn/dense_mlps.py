@@ -19,7 +19,7 @@ from dyncore.nn.mlp import MLP
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # (gate or only input, up or None, output), by the names in use: T5, torch's layers, DistilBERT, Llama, Mixtral, GPT and
 # OPT, this package, Nemotron
-_NAMES = (
+NAMES = (
     ("wi_0", "wi_1", "wo"),
     ("wi", None, "wo"),
     ("linear1", None, "linear2"),
@@ -94,11 +94,11 @@ def _of_sequential(module: nn.Sequential) -> Parts:
 
 
 def _by_names(module: nn.Module) -> Parts:
-    for first, up, last in _NAMES:
+    for first, up, last in NAMES:
         if all(isinstance(getattr(module, n, None), nn.Module) for n in (first, up, last) if n):
             break
     else:
-        known = ", ".join("/".join(n for n in names if n) for names in _NAMES)
+        known = ", ".join("/".join(n for n in names if n) for names in NAMES)
         raise ValueError(f"module: expected Linear layers named {known}, got {type(module).__name__}")
     _expect_nothing_more(module, [n for n in (first, up, last) if n])
     activation = shown_activation(module, up is not None, "module")

@@ -5,7 +5,7 @@ Floor 4, on dc.sparse_linear and dc.sparse_mlp. They take the place of trained l
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from dyncore.nn.base import expect_choice
 from dyncore.nn.dense_mlps import Parts, matching_parts
 from dyncore.ops import sparse_linear, sparse_mlp
 from dyncore.ops.sparse_mlp import ACTIVATIONS, SAVE
+
+_Layer = TypeVar("_Layer", bound="SparseLinear")
 
 
 def _rows(h: Tensor) -> Tensor:
@@ -52,7 +54,7 @@ class SparseLinear(nn.Linear):
         self._lay_out()  # assign=True puts another tensor in its place
 
     @classmethod
-    def from_dense(cls, linear: nn.Linear) -> SparseLinear:
+    def from_dense(cls: type[_Layer], linear: nn.Linear) -> _Layer:
         """A SparseLinear that shares the Parameters of `linear`, whose weight is stored neuron-major from now on."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
@@ -160,6 +162,14 @@ class SparseMLP(nn.Module):
     @property
     def activation(self) -> str:
         return self._parts.activation
+
+    @property
+    def dim(self) -> int:
+        return self._part(self._parts.last).out_features
+
+    @property
+    def hidden_dim(self) -> int:
+        return self._part(self._parts.last).in_features
 
     def _part(self, name: str | None) -> Any:
         return None if name is None else self._modules[name]

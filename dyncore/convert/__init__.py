@@ -1,0 +1,5 @@
+"""Converting trained models, in place and under the same names, to layers that skip."""
+
+from dyncore.convert.relu_sparse import relu_sparse
+
+__all__ = ["relu_sparse"]

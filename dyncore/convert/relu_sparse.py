@@ -1,0 +1,299 @@
+"""relu_sparse: every ReLU MLP of a model made to skip its zeros, and a report of what was done and what was not.
+
+The first way that fits: an MLP that is a module becomes an nn.SparseMLP; a transformer layer of torch.nn gets a sparse
+feed-forward block; the Linear layers of a larger module that is known to call one after the other (OPT's decoder layer)
+are fused; and of those in any other (a longer Sequential, BERT) the second becomes an nn.SparseLinear, which is exact
+whatever the module gives it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterator
+
+from torch import nn
+
+from dyncore.nn.base import expect_choice
+from dyncore.nn.dense_mlps import NAMES, expect_plain, hooked
+from dyncore.nn.experts import DROPOUTS, activation_name
+from dyncore.nn.fused_pair import FusedFirst, fuse
+from dyncore.nn.sparse_mlp import SparseLinear, SparseMLP
+from dyncore.nn.sparse_transformer import SPARSE, sparsify
+from dyncore.ops.sparse_mlp import SAVE
+
+# larger modules that call last(activation(first(x))) with nothing in between: class -> (first, activation, last)
+_INLINE = {"transformers.models.opt.modeling_opt.OPTDecoderLayer": ("fc1", "activation_fn", "fc2")}
+_ACTIVATION_NAMES = ("act_fn", "act", "activation", "activation_fn", "intermediate_act_fn")
+_RELUS = ("relu", "relu2")
+_DONE = (SparseMLP, SparseLinear, FusedFirst)
+
+
+@dataclasses.dataclass(frozen=True)
+class Swap:
+    """One MLP that skips now.
+
+    Attributes:
+        name: of the module that was changed, within the model.
+        was, now: its class; "fused": its two Linear layers work as one. "SparseLinear": the hidden layer is computed in
+            full, and the second layer skips.
+        activation: "relu", "relu2", "reglu", or of a SparseLinear what it follows.
+        shape: (H, I) of the output weight.
+        note: why it did not become a SparseMLP, or "".
+    """
+
+    name: str
+    was: str
+    now: str
+    activation: str
+    shape: tuple[int, int]
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """One MLP that was left as it is: the name and class of its module, and why."""
+
+    name: str
+    kind: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Report:
+    """What relu_sparse did: `swapped`; and `kept`, which look like MLPs and were left as they are."""
+
+    swapped: tuple[Swap, ...]
+    kept: tuple[Kept, ...]
+
+    def __repr__(self) -> str:
+        lines = [f"{len(self.swapped)} swapped, {len(self.kept)} kept"]
+        for s in self.swapped:
+            note = f" ({s.note})" if s.note else ""
+            lines.append(f"  {s.name}: {s.was} -> {s.now}, {s.activation}, H={s.shape[0]}, I={s.shape[1]}{note}")
+        return "\n".join(lines + [f"  {k.name}: {k.kind} kept: {k.reason}" for k in self.kept])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pair:
+    """A Linear layer below an activation, both called by `owner`."""
+
+    owner: nn.Module
+    last: str  # its name in owner
+    activation: object
+
+
+def _is_linear(module: object) -> bool:
+    """Of nn.Linear's kind, quantised and wrapped ones included: to be swapped, or to be named as kept."""
+    return isinstance(module, nn.Linear) or (isinstance(module, nn.Module) and "Linear" in type(module).__name__)
+
+
+def _name_of(activation: object) -> str:
+    """The activation's name as the ops have it, else its own."""
+    try:
+        return activation_name(activation, "")
+    except ValueError:
+        return getattr(activation, "__name__", type(activation).__name__)
+
+
+def _is_activation(module: nn.Module) -> bool:
+    return type(module).__module__ == "torch.nn.modules.activation" or _name_of(module) != type(module).__name__
+
+
+def _in_sequence(module: nn.Sequential) -> Iterator[_Pair]:
+    """Linear, activation, Linear, with dropouts anywhere."""
+    order = [(n, m) for n, m in module.named_children() if not isinstance(m, (nn.Identity, *DROPOUTS))]
+    for (_, first), (_, act), (name, last) in zip(order, order[1:], order[2:], strict=False):
+        if _is_linear(first) and _is_linear(last) and _is_activation(act):
+            yield _Pair(module, name, act)
+
+
+def _shown_activation(module: nn.Module) -> object | None:
+    for name in _ACTIVATION_NAMES:
+        act = getattr(module, name, None)
+        if act is not None:
+            return act
+    return next((m for m in module.children() if _is_activation(m)), None)
+
+
+def _by_names(module: nn.Module) -> Iterator[_Pair]:
+    """Linear layers and an activation under the names that code bases give to them."""
+    for first, up, last in NAMES:
+        if all(_is_linear(module._modules.get(n)) for n in (first, up, last) if n):
+            act = _shown_activation(module)
+            if act is not None:
+                yield _Pair(module, last, act)
+            return
+    inner, output = module._modules.get("intermediate"), module._modules.get("output")  # BERT and ViT
+    if inner is not None and output is not None and _is_linear(inner._modules.get("dense")):
+        act = _shown_activation(inner)
+        if act is not None and _is_linear(output._modules.get("dense")):
+            yield _Pair(output, "dense", act)
+
+
+def _pairs(module: nn.Module) -> list[_Pair]:
+    return list(_in_sequence(module) if isinstance(module, nn.Sequential) else _by_names(module))
+
+
+def _reason(error: ValueError) -> str:
+    return str(error).removeprefix("module: ").removeprefix("layer: ")
+
+
+class _Conversion:
+    """One walk through a model."""
+
+    def __init__(self, model: nn.Module, save: str) -> None:
+        self.save = save
+        self.swapped: list[Swap] = []
+        self.kept: list[Kept] = []
+        self._done: dict[int, nn.Module] = {}  # what stands for a module now; it may stand in several places
+        self._owners: dict[int, list[str]] = defaultdict(list)  # of each Parameter
+        for name, module in model.named_modules():
+            for kind, parameter in module._parameters.items():
+                if parameter is not None:
+                    self._owners[id(parameter)].append(f"{name}.{kind}" if name else kind)
+
+    def convert(self, module: nn.Module, name: str, *, root: bool = False) -> nn.Module:
+        """`module`, or what takes its place."""
+        if isinstance(module, _DONE):
+            return module
+        if id(module) in self._done:
+            return self._done[id(module)]
+        self._done[id(module)] = module
+        if isinstance(module, tuple(SPARSE)):
+            self._transformer_layer(module, name)
+            return module
+        pairs = _pairs(module)
+        note = ""
+        if pairs and self._inline(module, name):
+            pairs = []
+        elif pairs and root:
+            note = "the model itself is changed in place, not replaced"
+        elif pairs:
+            layer, note = self._whole(module, name)
+            if layer is not None:
+                self._done[id(module)] = layer
+                return layer
+        for pair in pairs:
+            self._second(pair, module, name, note)
+        for child_name, child in list(module._modules.items()):
+            if child is not None:
+                module._modules[child_name] = self.convert(child, f"{name}.{child_name}" if name else child_name)
+        if isinstance(module, nn.TransformerEncoder) and any(
+            isinstance(m, tuple(SPARSE.values())) for m in module.layers
+        ):
+            module.use_nested_tensor = False  # its layers would be given nested tensors, for the fused path alone
+        return module
+
+    def _expect_untied(self, *linears: nn.Module) -> None:
+        for linear in linears:
+            for parameter in linear.parameters():
+                owners = self._owners[id(parameter)]
+                if len(owners) > 1:
+                    raise ValueError(f"expected Parameters of its own, got tied ones: {' and '.join(owners)}")
+
+    def _record(
+        self, name: str, was: str, now: nn.Module | str, activation: str, shape: tuple[int, int], note: str = ""
+    ) -> None:
+        kind = now if isinstance(now, str) else type(now).__name__
+        self.swapped.append(Swap(name or "the model", was, kind, activation, shape, note))
+
+    def _keep(self, name: str, module: nn.Module, error: ValueError) -> None:
+        self.kept.append(Kept(name or "the model", type(module).__name__, _reason(error)))
+
+    def _whole(self, module: nn.Module, name: str) -> tuple[SparseMLP | None, str]:
+        """A module that is an MLP and nothing else as SparseMLP, or the reason why not."""
+        try:
+            self._expect_untied(*module.modules())
+            layer = SparseMLP.from_dense(module, save=self.save)
+        except ValueError as error:
+            reason = str(error)
+            larger = "no parameters or buffers but" in reason or "expected Linear layers named" in reason
+            return None, "a larger module calls it" if larger else _reason(error)
+        self._record(name, type(module).__name__, layer, layer.activation, (layer.dim, layer.hidden_dim))
+        return layer, ""
+
+    def _inline(self, module: nn.Module, name: str) -> bool:
+        """Whether `module` is of a class known to call its layers one after the other, and they are fused now."""
+        names = _INLINE.get(f"{type(module).__module__}.{type(module).__qualname__}")
+        if names is None or "forward" in module.__dict__:
+            return False
+        parts = [module.get_submodule(n) for n in names]
+        kind = _name_of(parts[1])
+        try:
+            linears = [expect_plain(parts[0], names[0]), expect_plain(parts[2], names[2])]
+            self._expect_untied(*linears)
+        except ValueError:
+            return False
+        first, last = (linear.weight for linear in linears)
+        if (
+            kind not in _RELUS
+            or any(map(hooked, parts))
+            or first.shape != last.shape[::-1]
+            or first.dtype != last.dtype
+        ):
+            return False
+        was = type(module).__name__
+        fuse(module, *names, kind, self.save)
+        self._record(name, was, "fused", kind, (last.shape[0], last.shape[1]))
+        return True
+
+    def _second(self, pair: _Pair, module: nn.Module, name: str, note: str) -> None:
+        """The second layer of an MLP as SparseLinear."""
+        last, activation = pair.owner._modules[pair.last], _name_of(pair.activation)
+        assert last is not None
+        try:
+            if activation not in _RELUS:
+                raise ValueError(f"expected a ReLU or its square, got {activation}")
+            linear = expect_plain(last, pair.last)
+            hook = hooked(linear)
+            if hook:
+                raise ValueError(f"expected nothing that hangs on {pair.last}, got {hook}")
+            self._expect_untied(linear)
+        except ValueError as error:
+            self._keep(name, module, error)
+            return
+        layer = SparseLinear.from_dense(linear)
+        pair.owner._modules[pair.last] = self._done[id(last)] = layer
+        path = (name, "output" if pair.owner is not module else "", pair.last)
+        where = ".".join(part for part in path if part)
+        self._record(where, type(last).__name__, layer, activation, (layer.out_features, layer.in_features), note)
+
+    def _transformer_layer(self, layer: nn.Module, name: str) -> None:
+        was = type(layer).__name__
+        try:
+            self._expect_untied(layer.get_submodule("linear1"), layer.get_submodule("linear2"))
+            sparsify(layer, self.save)
+        except ValueError as error:
+            self._keep(name, layer, error)
+            return
+        last = layer.get_submodule("linear2")
+        assert isinstance(last, SparseLinear)
+        self._record(name, was, layer, "relu", (last.out_features, last.in_features))
+
+
+def relu_sparse(model: nn.Module, *, save: str = "compressed") -> Report:
+    """Make every ReLU MLP in a model skip its zeros, in place; values, gradients and state_dict stay what they are.
+
+    Args:
+        model: any module. Known are MLPs that `nn.SparseMLP.from_dense` takes (T5's, plain and gated, among them),
+            torch.nn's TransformerEncoderLayer and TransformerDecoderLayer with activation="relu", Linear layers around
+            a ReLU in any Sequential, and under their usual names in a larger module (OPT, BART's kin, BERT, ViT).
+        save: what of the hidden layer is kept for the backward, as for dc.sparse_mlp; not by SparseLinear layers,
+            which keep their input.
+
+    Returns a Report of what was swapped, how, and what looks like an MLP and was kept, and why: another activation,
+    hooks, tied, quantised or parametrized weights, a forward of its own. Convert before wrapping the model
+    (torch.compile, DistributedDataParallel) and before adapters; optimizers keep their Parameters.
+
+    Torch's encoder layers leave their fused inference path, which would compute everything; so rows that a
+    src_key_padding_mask hides are computed in evaluation, too, and not set to 0.
+
+    Raises TypeError where `model` is no module, ValueError on another `save`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a module, got {type(model).__name__}")
+    expect_choice("save", save, SAVE)
+    conversion = _Conversion(model, save)
+    conversion.convert(model, "", root=True)
+    return Report(tuple(conversion.swapped), tuple(conversion.kept))
