@@ -38,7 +38,7 @@ def activation_sparsity(
     modules that fuse it, such as `nn.SparseMLP`. Activations are counted and forgotten: memory is of the layers'
     widths. The model runs in eval mode (dropout's zeros are no ReLU's), without gradients, and is left as it was. NaN
     is not zero. The last dimension of an activation is the neurons', the one before it the sequence; convolutions are
-    not understood.
+    not understood, and models are to be measured before torch.compile, which calls no hooks.
 
     Args:
         batches: each a tensor or a tuple or list of arguments or a mapping of keyword arguments of `model`.

@@ -5,8 +5,10 @@ For forwards that do nothing else in between; names and Parameters of both Linea
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dyncore import activations
 from dyncore.nn.sparse_mlp import SparseLinear
 from dyncore.ops import sparse_mlp
 
@@ -36,6 +38,10 @@ class FusedFirst(nn.Module):
         second = self.second
         weights = (self.weight, second.weight, self.bias, second.bias)
         return sparse_mlp(x, *weights, activation=self.activation, save=self.save)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """The hidden activation [..., I] of x, which a forward makes where no hook sees it."""
+        return activations.hidden(F.linear(x, self.weight, self.bias), self.activation)
 
     def extra_repr(self) -> str:
         inner, width = self.weight.shape

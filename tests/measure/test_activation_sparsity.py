@@ -12,6 +12,7 @@ from torch import nn
 
 import dyncore as dc
 from dyncore import masks
+from dyncore.convert import relu_sparse
 from dyncore.measure import activation_sparsity
 from dyncore.measure.sparsity_verdict import Products, judge
 
@@ -263,6 +264,26 @@ def test_models_of_transformers_are_understood():
         t5 = transformers.T5EncoderModel(transformers.T5Config(**sizes, feed_forward_proj=act))
         layers = activation_sparsity(t5, [{"input_ids": ids}]).layers
         assert [(name.rsplit(".", 1)[1], layer.products.kind) for name, layer in layers.items()] == [("wo", kind)]
+
+
+@pytest.mark.parametrize("name", ["opt", "t5", "encoder layer"])
+def test_a_converted_model_has_the_zeros_of_the_one_it_was(name):
+    transformers = pytest.importorskip("transformers")
+    if name == "opt":
+        sizes = {"vocab_size": 50, "hidden_size": 16, "ffn_dim": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+        model = transformers.OPTForCausalLM(transformers.OPTConfig(**sizes, word_embed_proj_dim=16))
+    elif name == "t5":
+        sizes = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+        model = transformers.T5EncoderModel(transformers.T5Config(**sizes, feed_forward_proj="gated-relu"))
+    else:
+        model = nn.TransformerEncoderLayer(16, 2, 64, activation="relu", batch_first=True)
+    batches = [torch.randn(3, 7, 16) if name == "encoder layer" else torch.randint(3, 50, (2, 9))]
+    before = list(activation_sparsity(model, batches).layers.values())
+    assert len(relu_sparse(model).swapped) == 1
+    after = list(activation_sparsity(model, batches).layers.values())
+    assert len(before) == len(after) == 1
+    assert torch.equal(before[0].fired, after[0].fired)
+    assert before[0].products == after[0].products
 
 
 def test_the_model_is_left_as_it_was():
