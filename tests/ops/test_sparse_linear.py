@@ -168,6 +168,17 @@ def test_zeros_meet_no_weight(dtype, rows, major):
     assert (out[-1] == -float("inf")).all()
 
 
+def test_an_infinite_gradient_meets_no_zero():
+    p = problem(8)
+    with torch.no_grad():
+        p["h"][2, :4] = torch.tensor([0.0, -0.0, 1.0, -1.0])
+    grad = torch.zeros(8, 33)
+    grad[2] = float("inf")
+    (dweight,) = torch.autograd.grad(run(p), p["weight"], grad)
+    inf = float("inf")
+    assert dweight[:, :4].unique(dim=0).tolist() == [[0.0, 0.0, inf, -inf]]
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("special", [float("nan"), float("inf")])
 @pytest.mark.parametrize("major", [False, True], ids=["row_major", "neuron_major"])
