@@ -33,7 +33,7 @@ def assert_same(got, want):
     sizes = {name: float(t.detach().square().mean().sqrt()) for name, t in want.items() if t is not None}
     floor = 1e-3 * max(sizes.values())
     for name, size in sizes.items():
-        error = float((got[name] - want[name]).square().mean().sqrt())
+        error = float((got[name] - want[name]).detach().square().mean().sqrt())
         assert error <= 5e-5 * max(size, floor), f"{name}: RMS error {error:.1e} where the RMS is {size:.1e}"
     assert [n for n, t in got.items() if t is None] == [n for n, t in want.items() if t is None]
 
@@ -160,6 +160,17 @@ def test_a_converted_language_model_in_bfloat16_and_with_checkpointing(transform
     assert (got - want).square().mean().sqrt() < 2e-2 * want.square().mean().sqrt()
 
 
+def test_a_t5_in_float16_whose_output_layers_stay_in_float32(transformers):
+    model = t5(transformers, "gated-relu").half().eval()
+    for name, module in model.named_modules():
+        if name.endswith(".wo"):
+            module.float()
+    with torch.no_grad():
+        want = logits(model)
+        assert len(dc.convert.relu_sparse(model).swapped) == 4
+        torch.testing.assert_close(logits(model), want, rtol=2e-2, atol=2e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["opt", "t5_gated"])
 def test_a_converted_language_model_compiles(transformers, family):
@@ -252,6 +263,16 @@ def test_torchs_fused_inference_path_does_not_pass_the_zeros_by():
         torch.testing.assert_close(model(SEQUENCE), want)
         dense = total_flops(lambda: twin(SEQUENCE))
         assert total_flops(lambda: model(SEQUENCE)) == dense - 2 * 16 * (2 * 10 * 48 - on)
+
+
+def test_a_converted_encoder_compiles_and_exports():
+    model = encoder()
+    dc.convert.relu_sparse(model)
+    want = model(SEQUENCE)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(SEQUENCE), want)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.export.export(model, (SEQUENCE,)).module()(SEQUENCE), want)
 
 
 def test_padding_masks_go_through_the_ordinary_path():

@@ -91,6 +91,10 @@ def _joined_bias(gate: nn.Linear, up: nn.Linear) -> Tensor | None:
     return torch.cat([zeros(part.weight.shape[0]) if part.bias is None else part.bias for part in (gate, up)])
 
 
+def _after_load(layer: SparseMLP, keys: Any) -> None:
+    layer._lay_out()
+
+
 def feed_forward(
     x: Tensor,
     first: nn.Linear,
@@ -212,6 +216,8 @@ class SparseMLP(nn.Module):
         matching_parts(module, layer._take)
         layer.training = module.training
         layer.add_module(layer._parts.last, SparseLinear.from_dense(layer._part(layer._parts.last)))
+        if layer._parts.up is not None:
+            layer.register_load_state_dict_post_hook(_after_load)  # assign=True puts other tensors in their place
         layer._lay_out()
         return layer
 

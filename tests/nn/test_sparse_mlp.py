@@ -135,7 +135,7 @@ def test_the_state_dict_is_that_of_the_layer_replaced(dense):
     fresh.load_state_dict(layer.state_dict(), strict=True)
     assert_same(results(layer.eval(), torch.ones(4, DIM)), results(fresh.eval(), torch.ones(4, DIM)))
     layer.load_state_dict({n: t.clone() for n, t in before.items()}, strict=True, assign=True)
-    assert last_of(layer).weight.stride() == (1, DIM)
+    assert_laid_out(layer)
     dense.load_state_dict(before)
     assert_same(results(layer, torch.ones(4, DIM)), results(dense.eval(), torch.ones(4, DIM)))
 
@@ -293,15 +293,14 @@ def test_exports():
     torch.testing.assert_close(exported.module()(x), layer(x))
 
 
-def test_autocast_and_training_steps():
-    torch.manual_seed(0)
-    layer, dense = SparseMLP.from_dense(Gated()), None
-    torch.manual_seed(0)
+@pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
+def test_training_steps_and_autocast(options):
     dense = Gated()
+    layer = SparseMLP.from_dense(copy.deepcopy(dense))
     x, y = torch.randn(64, DIM), torch.randn(64, DIM)
     losses = []
     for model in (layer.eval(), dense.eval()):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, **options)
         for _ in range(20):
             loss = F.mse_loss(model(x), y)
             optimizer.zero_grad()
