@@ -24,10 +24,16 @@ class SparseLinear(nn.Linear):
     ReLU.
 
     The weight is a Parameter of nn.Linear's shape [N, I], stored neuron-major (strides (1, N)), so that few rows read
-    the weights of neurons that are on, alone. It stays so through load_state_dict, copies, pickles and `to`.
+    the weights of neurons that are on, alone. It stays so through load_state_dict, copies, pickles and `to`. What takes
+    contiguous Parameters only (FSDP, torch.nn.utils.parameters_to_vector, safetensors by itself) needs
+    `lay_out(neuron_major=False)`.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None):
+    neuron_major = True
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None
+    ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self._lay_out()
 
@@ -36,10 +42,17 @@ class SparseLinear(nn.Linear):
             return self.forward(h[None])[0]
         return sparse_linear(h, self.weight, self.bias)
 
+    def lay_out(self, neuron_major: bool) -> None:
+        """Store the weight neuron-major, or like any Linear layer's; its values, shape and Parameter stay."""
+        self.neuron_major = neuron_major
+        self._lay_out()
+
     def _lay_out(self) -> None:
         weight = self.weight
-        if weight.dim() == 2 and not weight.t().is_contiguous():
+        if self.neuron_major and not weight.t().is_contiguous():
             weight.data = weight.detach().t().contiguous().t()
+        elif not self.neuron_major and not weight.is_contiguous():
+            weight.data = weight.detach().contiguous()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -463,3 +463,17 @@ def test_a_sparse_linear_is_a_linear_layer_for_any_input():
     assert shared.weight is dense.weight
     assert list(shared.state_dict()) == list(dense.state_dict())
     assert repr(shared) == repr(layer)
+
+
+def test_a_weight_may_be_stored_like_any_other():
+    layer = SparseMLP.from_dense(Gated())
+    x, weight = torch.randn(5, DIM), layer.wo.weight
+    want = results(layer.eval(), x)
+    layer.wo.lay_out(neuron_major=False)
+    assert layer.wo.weight is weight
+    for other in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert all(p.is_contiguous() for p in other.parameters())
+        torch.nn.utils.parameters_to_vector(other.parameters())
+        assert_same(results(other, x), want)
+    layer.wo.lay_out(neuron_major=True)
+    assert_laid_out(layer)
