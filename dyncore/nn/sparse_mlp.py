@@ -38,7 +38,7 @@ class SparseLinear(nn.Linear):
         self._lay_out()
 
     def forward(self, h: Tensor) -> Tensor:
-        if h.dim() == 1:  # one row without its dimension
+        if isinstance(h, Tensor) and h.dim() == 1:  # one row without its dimension
             return self.forward(h[None])[0]
         return sparse_linear(h, self.weight, self.bias)
 

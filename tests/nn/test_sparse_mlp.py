@@ -444,6 +444,8 @@ def test_bad_arguments_name_themselves():
         SparseMLP(DIM, HIDDEN)(torch.randn(3, 13))
     with pytest.raises(TypeError, match="x: expected a Tensor, got list"):
         SparseMLP(DIM, HIDDEN)([1.0])
+    with pytest.raises(TypeError, match="h: expected a Tensor, got list"):
+        SparseLinear(HIDDEN, DIM)([1.0])
 
 
 # SparseLinear ---------------------------------------------------------------------------------------------------------
