@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "bindings/sparse.h"
 #include "bindings/tensor.h"
 #include "common/isa.h"
 #include "cpu/plan.h"
@@ -432,6 +433,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("grouped_mlp", &grouped_mlp);
   m.def("grouped_mlp_fits", &grouped_mlp_fits);
   m.def("grouped_mlp_backward", &grouped_mlp_backward);
+  define_sparse(m);
   m.def("plan_mask", &make_plan_mask);
   m.def("plan_route", &make_plan_route);
   m.def("plan_topk", &make_plan_topk);

@@ -138,6 +138,11 @@ Weights::Weights(const char* name, py::handle source) : Tensor(name, source) {
   if (*this && stride(1) != 1 && stride(2) != 1) convert("contiguous");
 }
 
+WeightMatrix::WeightMatrix(const char* name, py::handle source) : Tensor(name, source) {
+  expect_dims(2);
+  if (*this && stride(0) != 1 && stride(1) != 1) convert("contiguous");
+}
+
 Output::Output(const char* name, py::handle source, Absence absence) : Tensor(name, source, absence) {
   if (*this && !contiguous())
     throw py::value_error(std::string(name) + ": expected an output whose elements lie side by side, got strides");

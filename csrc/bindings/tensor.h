@@ -96,6 +96,12 @@ struct Weights : Tensor {
   Weight weight() const { return {data(), stride(0), stride(1), stride(2)}; }
 };
 
+// [N, K], N or K side by side: a weight of one group.
+struct WeightMatrix : Tensor {
+  WeightMatrix(const char* name, py::handle source);
+  Weight weight() const { return {data(), 0, stride(0), stride(1)}; }
+};
+
 // What a kernel writes: elements side by side, never in a copy.
 struct Output : Tensor {
   Output(const char* name, py::handle source, Absence absence = Absence::refused);

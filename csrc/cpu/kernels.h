@@ -136,6 +136,19 @@ struct GroupedMlpBackward {
   int threads;
 };
 
+// out = h weight^T + bias without the products of h's zeros. A row of whose elements more than dense_from (a share) are
+// not 0 may get a dense product, in which its zeros meet the weights.
+struct SparseLinear {
+  Dtype dtype;
+  int64_t rows, n, k;
+  Matrix h;       // [T, K]
+  Weight weight;  // [1, N, K]
+  Matrix bias;
+  float dense_from;
+  void* out;  // [T, N]
+  int threads;
+};
+
 // Every function writes its outputs completely and expects a plan that passed check_plan (csrc/cpu/plan.h).
 struct Kernels {
   bool pairs;  // bfloat16 is multiplied in pairs: a word of a panel holds two
@@ -147,6 +160,7 @@ struct Kernels {
   void (*grouped_linear_backward)(const GroupedLinearBackward&);
   void (*grouped_mlp)(const GroupedMlp&);
   void (*grouped_mlp_backward)(const GroupedMlpBackward&);
+  void (*sparse_linear)(const SparseLinear&);
 };
 
 }  // namespace dyncore

@@ -12,6 +12,7 @@ void grouped_linear(const GroupedLinear&);
 void grouped_linear_backward(const GroupedLinearBackward&);
 void grouped_mlp(const GroupedMlp&);
 void grouped_mlp_backward(const GroupedMlpBackward&);
+void sparse_linear(const SparseLinear&);
 
 const Kernels& table();
 const Kernels& table() {
@@ -23,7 +24,8 @@ const Kernels& table() {
                                grouped_linear,
                                grouped_linear_backward,
                                grouped_mlp,
-                               grouped_mlp_backward};
+                               grouped_mlp_backward,
+                               sparse_linear};
   return kernels;
 }
 

@@ -380,7 +380,15 @@ def grouped_mlp_backward(
 
 # Zeros of a ReLU skipped ------------------------------------------------------------------------------------------
 
-sparse_linear = reference.sparse_linear
+
+def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None, dense_from: float) -> Tensor:
+    if not _serves(h):
+        return reference.sparse_linear(h, weight, bias, dense_from)
+    out = h.new_empty(h.shape[0], weight.shape[0])
+    _native.sparse_linear(h, weight, bias, dense_from, out, threads())
+    return out
+
+
 sparse_linear_backward = reference.sparse_linear_backward
 sparse_hidden = reference.sparse_hidden
 sparse_mlp = reference.sparse_mlp
