@@ -3,7 +3,7 @@
 // reading the right operand from the L2 cache, at 50-60% of the rate of a dense tile (Zen 4, one thread, 512 rows of
 // which 10% are listed: sums 56 GFLOP/s float, 93 bfloat16 pairs; dots 51 and 102).
 #pragma once
-#include "cpu/common/micro.h"
+#include "cpu/common/product.h"
 
 namespace dyncore::DYNCORE_ISA {
 
@@ -41,6 +41,15 @@ struct List {
   int64_t count;
 };
 
+#if defined(__AVX512BF16__)
+// Unpacking leaves the columns of a pair of vectors in the order 0-3, 8-11, 16-19, 24-27 | 4-7, 12-15, ...
+DYNCORE_INLINE void order_unpacked(vf& a, vf& b) {
+  const vf low = a, high = b;
+  a = DYNCORE_SHUFFLE(low, high, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  b = DYNCORE_SHUFFLE(low, high, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+}
+#endif
+
 // c[0:V*VL] (+)= sum over the list of value * b[index]. What c held is added last, as in store_tile.
 template <int V, class T>
 inline __attribute__((noinline)) void add_listed(const List<T>& list, const T* b, int64_t ldb, float* c,
@@ -68,13 +77,8 @@ inline __attribute__((noinline)) void add_listed(const List<T>& list, const T* b
       pair(b + list.index[k] * ldb, b + list.index[k + 1] * ldb, word);
     }
     if (k < list.count) pair(b + list.index[k] * ldb, nullptr, list.value[k].bits);
-    // unpacking leaves the columns of a pair of vectors in the order 0-3, 8-11, 16-19, 24-27 | 4-7, 12-15, ...
 #pragma GCC unroll 16
-    for (int j = 0; j < V; j += 2) {
-      const vf low = acc[j], high = acc[j + 1];
-      acc[j] = DYNCORE_SHUFFLE(low, high, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-      acc[j + 1] = DYNCORE_SHUFFLE(low, high, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-    }
+    for (int j = 0; j < V; j += 2) order_unpacked(acc[j], acc[j + 1]);
   }
 #endif
   if constexpr (!kPairs<T>) {
@@ -119,6 +123,71 @@ template <class T>
 inline void add_listed_rows(const List<T>& list, const T* b, int64_t ldb, float* c, int64_t n, bool accumulate) {
   if (accumulate && list.count == 0) return;
   add_listed_columns<kListVectors>(list, b, ldb, c, n, accumulate);
+}
+
+// So many listed rows are read side by side where one row's sum is all that they serve: as many streams from memory.
+constexpr int kStreams = 8;
+
+// c[0:n] += sum over kStreams entries of a list from `at` on, n a multiple of NC; rows of the kStreams after them are
+// fetched.
+template <class T>
+inline __attribute__((noinline)) void stream_listed(const List<T>& list, int64_t at, const T* b, int64_t ldb, float* c,
+                                                    int64_t n) {
+  const T* rows[kStreams];
+  uintptr_t next[kStreams];
+#pragma GCC unroll 8
+  for (int i = 0; i < kStreams; ++i) {
+    const int64_t ahead = at + kStreams + i < list.count ? at + kStreams + i : list.count - 1;
+    rows[i] = b + list.index[at + i] * ldb;
+    next[i] = reinterpret_cast<uintptr_t>(b + list.index[ahead] * ldb);
+  }
+  const int64_t lines = NC * static_cast<int64_t>(sizeof(T)) / 64;
+  for (int64_t j = 0; j < n; j += NC) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kStreams; ++i)
+      for (int64_t line = 0; line < lines; ++line)
+        __builtin_prefetch(reinterpret_cast<const char*>(next[i] + j * sizeof(T)) + 64 * line, 0, 2);
+    Row total = zero_row();
+#if defined(__AVX512BF16__)
+    if constexpr (kPairs<T>) {
+      vf low = {}, high = {};
+#pragma GCC unroll 4
+      for (int i = 0; i < kStreams; i += 2) {
+        int32_t word;
+        std::memcpy(&word, list.value + at + i, 4);
+        const __m512bh a = (__m512bh)_mm512_set1_epi32(word);
+        const __m512i p = _mm512_loadu_si512(rows[i] + j), q = _mm512_loadu_si512(rows[i + 1] + j);
+        low = (vf)_mm512_dpbf16_ps((__m512)low, a, (__m512bh)_mm512_unpacklo_epi16(p, q));
+        high = (vf)_mm512_dpbf16_ps((__m512)high, a, (__m512bh)_mm512_unpackhi_epi16(p, q));
+      }
+      order_unpacked(low, high);
+      total.v[0] = low;
+      total.v[1] = high;
+    }
+#endif
+    if constexpr (!kPairs<T>) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kStreams; ++i) {
+        const float a = list.value[at + i];
+        for (int v = 0; v < NV; ++v) total.v[v] += a * load(rows[i] + j + v * VL);
+      }
+    }
+    store_row(c + j, load_row(c + j, NC) + total, NC);
+  }
+}
+
+// c[0:n] = sum over a list of rows that nothing else reads: bound by memory.
+template <class T>
+inline void sum_stream(const List<T>& list, const T* b, int64_t ldb, float* c, int64_t n) {
+  const int64_t whole = n / NC * NC, streamed = list.count / kStreams * kStreams;
+  for (int64_t j = 0; j < n; j += NC) store_row(c + j, zero_row(), panel_width(n, j));
+  for (int64_t k = 0; k < streamed; k += kStreams) stream_listed(list, k, b, ldb, c, whole);
+  const List<T> rest{list.index + streamed, list.value + streamed, list.count - streamed};
+  add_listed_rows(rest, b, ldb, c, whole, true);
+  for (int64_t k = 0; k < list.count && whole < n; k += kChainDepth) {
+    const List<T> chain{list.index + k, list.value + k, list.count - k < kChainDepth ? list.count - k : kChainDepth};
+    add_listed_rows(chain, b + whole, ldb, c + whole, n - whole, true);
+  }
 }
 
 // The row a[0:V vectors] of dot_listed in registers.

@@ -90,6 +90,7 @@ class FetchRows {
 struct Used {
   const int32_t* columns = nullptr;
   const int64_t* first = nullptr;  // [segments + 1]
+  int64_t rows = 0;
 };
 
 // sums[r][n0:n1] = sum over row r's lists of value * b's row, for rows [r0, r1); `sums` rows are `stride` apart, that
@@ -97,27 +98,25 @@ struct Used {
 template <class T>
 inline void sum_listed(const Lists<T>& lists, int64_t r0, int64_t r1, const Right<T>& b, int64_t n0, int64_t n1,
                        float* sums, int64_t stride, const int32_t* rows, const Used& used, T* panel, bool accumulate) {
-  const bool few = used.columns != nullptr;
+  if (used.columns && used.rows == 1 && b.stride_n == 1) {
+    const int64_t at = lists.first(r0, 0);
+    const List<T> list{lists.index + at, lists.value + at, lists.first(r0, lists.segments) - at};
+    return sum_stream(list, b.data + n0, b.stride_k, sums + (rows ? rows[r0] : r0) * stride + n0, n1 - n0);
+  }
+  const auto fetch = [&](int64_t s, int64_t n) {
+    const int64_t width = n1 - n < kSumColumns ? n1 - n : kSumColumns, first = lists.segment_first[s];
+    if (!used.columns) return FetchRows<T>(b, nullptr, first, lists.segment_first[s + 1] - first, n, width, r1 - r0);
+    return FetchRows<T>(b, used.columns + used.first[s], 0, used.first[s + 1] - used.first[s], n, width, r1 - r0);
+  };
   for (int64_t s = 0; s < lists.segments; ++s) {
     const int64_t first = lists.segment_first[s], end = lists.segment_first[s + 1];
-    const bool last = s + 1 == lists.segments;
-    const int64_t parts = (n1 - n0 + kSumColumns - 1) / kSumColumns;
-    FetchRows<T> next;
-    if (few && !last && r1 - r0 > 1)
-      next = {b, used.columns + used.first[s + 1], 0, used.first[s + 2] - used.first[s + 1], n0, n1 - n0,
-              parts * (r1 - r0)};
     for (int64_t n = n0; n < n1; n += kSumColumns) {
       const int64_t width = n1 - n < kSumColumns ? n1 - n : kSumColumns;
-      if (!few) {
-        const bool beside = n + width < n1;
-        if (beside) {
-          next = {b, nullptr, first, end - first, n + width, n1 - n - width < width ? n1 - n - width : width, r1 - r0};
-        } else if (!last) {
-          next = {b, nullptr, end, lists.segment_first[s + 2] - end, n0, n1 - n0 < kSumColumns ? n1 - n0 : kSumColumns,
-                  r1 - r0};
-        } else {
-          next = {};
-        }
+      FetchRows<T> next;
+      if (n + width < n1) {
+        next = fetch(s, n + width);
+      } else if (s + 1 < lists.segments) {
+        next = fetch(s + 1, n0);
       }
       const ListedRows<T> at = listed_rows(b, first, end, n, width, panel);
       for (int64_t r = r0; r < r1; ++r) {

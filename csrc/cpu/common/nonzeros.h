@@ -125,7 +125,7 @@ DYNCORE_INLINE void list_row(const uint32_t* words, int64_t columns, const T* ro
 constexpr int64_t kSegment = 512;
 // With few rows a segment has about so many columns that any of the rows has: all of their weights, up to a page a
 // row and thread, stay in the L2 cache beside those of the next segment.
-constexpr int64_t kFewSegment = 192;
+constexpr int64_t kFewSegment = 128;
 // Up to so many rows are few: reading the right operand from memory is what takes the time.
 constexpr int64_t kFewRows = 96;
 

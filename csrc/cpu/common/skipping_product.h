@@ -78,7 +78,7 @@ class SkippingProduct {
     const float limit = dense_from_ * columns_;
     for (int64_t r = 0; r < rows; ++r)
       if (counts.data[r] > limit) dense_rows_.data[dense_++] = static_cast<int32_t>(r);
-    const bool worth = dense_ >= kDenseRows;
+    const bool worth = dense_ >= (rows < kDenseRows ? rows : kDenseRows);
     if (!worth) dense_ = 0;
     int64_t at = 0;
     for (int64_t r = 0; r < rows; ++r) {
@@ -155,7 +155,7 @@ class SkippingProduct {
   void sparse_part(const typename ColumnCut::Item& item, int thread) {
     const Lists<T> lists{offsets_.data,        offsets_.stride, 1,          segments_,
                          segment_first_.data, index_.data,     value_.data};
-    const Used used{few_ ? used_.data : nullptr, used_first_.data};
+    const Used used{few_ ? used_.data : nullptr, used_first_.data, sparse_};
     T* panel = reinterpret_cast<T*>(panels_.row(thread));
     float* sums;
     int64_t stride;
