@@ -138,7 +138,7 @@ Weights::Weights(const char* name, py::handle source) : Tensor(name, source) {
   if (*this && stride(1) != 1 && stride(2) != 1) convert("contiguous");
 }
 
-WeightMatrix::WeightMatrix(const char* name, py::handle source) : Tensor(name, source) {
+WeightMatrix::WeightMatrix(const char* name, py::handle source, Absence absence) : Tensor(name, source, absence) {
   expect_dims(2);
   if (*this && stride(0) != 1 && stride(1) != 1) convert("contiguous");
 }

@@ -98,7 +98,7 @@ struct Weights : Tensor {
 
 // [N, K], N or K side by side: a weight of one group.
 struct WeightMatrix : Tensor {
-  WeightMatrix(const char* name, py::handle source);
+  WeightMatrix(const char* name, py::handle source, Absence absence = Absence::refused);
   Weight weight() const { return {data(), 0, stride(0), stride(1)}; }
 };
 

@@ -149,6 +149,29 @@ struct SparseLinear {
   int threads;
 };
 
+// What a ReLU's zeros leave of a hidden activation [T, I].
+struct Compressed {
+  uint32_t* mask;        // [T, ceil(I / 32)]: a bit for every neuron that is not 0
+  int64_t* row_offsets;  // [T + 1]
+  void* values;          // [capacity], or [2, capacity] where gated: gates, then the other half
+  int64_t capacity;
+};
+
+// out = W_out act(W_in x + b_in) + b_out without what the zeros of relu, relu2 or the gate of reglu would multiply.
+struct SparseMlp {
+  Dtype dtype;
+  Activation activation;
+  int64_t rows, h, i;
+  Matrix x;
+  Weight w_in, w_out;  // [1, I or 2I, H], [1, H, I]
+  Matrix b_in, b_out;
+  float dense_from;
+  void* out;         // [T, H], or null: the first half alone
+  Compressed saved;  // mask is null where it is not asked for
+  void* pre;         // [T, I]: relu, or [T, 2I]: relu of the gates, the other half (0 where a gate is 0); or null
+  int threads;
+};
+
 // Every function writes its outputs completely and expects a plan that passed check_plan (csrc/cpu/plan.h).
 struct Kernels {
   bool pairs;  // bfloat16 is multiplied in pairs: a word of a panel holds two
@@ -161,6 +184,7 @@ struct Kernels {
   void (*grouped_mlp)(const GroupedMlp&);
   void (*grouped_mlp_backward)(const GroupedMlpBackward&);
   void (*sparse_linear)(const SparseLinear&);
+  void (*sparse_mlp)(const SparseMlp&);
 };
 
 }  // namespace dyncore

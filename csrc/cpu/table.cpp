@@ -13,6 +13,7 @@ void grouped_linear_backward(const GroupedLinearBackward&);
 void grouped_mlp(const GroupedMlp&);
 void grouped_mlp_backward(const GroupedMlpBackward&);
 void sparse_linear(const SparseLinear&);
+void sparse_mlp(const SparseMlp&);
 
 const Kernels& table();
 const Kernels& table() {
@@ -25,7 +26,8 @@ const Kernels& table() {
                                grouped_linear_backward,
                                grouped_mlp,
                                grouped_mlp_backward,
-                               sparse_linear};
+                               sparse_linear,
+                               sparse_mlp};
   return kernels;
 }
 

@@ -390,6 +390,65 @@ def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None, dense_from: fl
 
 
 sparse_linear_backward = reference.sparse_linear_backward
-sparse_hidden = reference.sparse_hidden
-sparse_mlp = reference.sparse_mlp
+def _sparse_mlp(
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor | None,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    activation: str,
+    dense_from: float,
+    save: str,
+    capacity: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(out, mask, values, row_offsets, pre), each empty where it is not asked for: out where there is no w_out."""
+    rows, width = x.shape[0], w_in.shape[0]
+    gated = activation in activations.GATED
+    inner = width // 2 if gated else width
+    out = None if w_out is None else x.new_empty(rows, w_out.shape[0])
+    mask = values = row_offsets = None
+    if save == "compressed":
+        mask = _new_int32(rows * ((inner + 31) // 32)).view(rows, -1)
+        row_offsets = torch.empty(rows + 1, dtype=torch.int64)
+        # Room for all: what is not written takes up addresses, but no memory.
+        values = x.new_empty((2, rows * inner) if gated else (rows * inner,))
+    pre = x.new_empty(rows, width) if save == "dense" else None
+    form = (_ACTIVATIONS[activation], dense_from)
+    _native.sparse_mlp(x, w_in, w_out, b_in, b_out, *form, out, mask, values, row_offsets, pre, threads())
+    if capacity < 0 and values is not None and row_offsets is not None:
+        values = values[..., : int(row_offsets[-1])].clone(memory_format=torch.contiguous_format)
+    no_ints = _new_int32(0)
+    return (
+        _or_empty(out, x),
+        no_ints if mask is None else mask,
+        _or_empty(values, x),
+        no_ints.long() if row_offsets is None else row_offsets,
+        _or_empty(pre, x),
+    )
+
+
+def sparse_hidden(
+    x: Tensor, w_in: Tensor, b_in: Tensor | None, activation: str, dense_from: float, capacity: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not _serves(x):
+        return reference.sparse_hidden(x, w_in, b_in, activation, dense_from, capacity)
+    return _sparse_mlp(x, w_in, None, b_in, None, activation, dense_from, "compressed", capacity)[1:4]
+
+
+def sparse_mlp(
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    activation: str,
+    dense_from: float,
+    save: str,
+    capacity: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if not _serves(x):
+        return reference.sparse_mlp(x, w_in, w_out, b_in, b_out, activation, dense_from, save, capacity)
+    return _sparse_mlp(x, w_in, w_out, b_in, b_out, activation, dense_from, save, capacity)
+
+
 sparse_mlp_backward = reference.sparse_mlp_backward

@@ -18,11 +18,6 @@ struct ListedRows {
 template <class T>
 constexpr int64_t kListedColumns = kDotColumns<T>;
 
-template <class T>
-inline size_t listed_panel_bytes(const Right<T>& b, int64_t largest_segment) {
-  return b.stride_n == 1 ? 0 : rounded_bytes(largest_segment * kListedColumns<T> * sizeof(T));
-}
-
 // panel[k][j] = b's element (k, n0 + j) for k in [first, end), j < n.
 template <class T>
 inline void pack_segment(T* panel, const Right<T>& b, int64_t first, int64_t end, int64_t n0, int64_t n) {

@@ -121,6 +121,28 @@ DYNCORE_INLINE void list_row(const uint32_t* words, int64_t columns, const T* ro
   offsets[segments] = at;
 }
 
+// The values of a row's set bits, side by side.
+template <class T>
+inline void choose_values(const uint32_t* words, int64_t columns, const T* row, T* values) {
+  int64_t at = 0;
+  for (int64_t w = 0; w < panels_of(columns); ++w) {
+    const int n = panel_width(columns, w * NC);
+#if defined(__AVX512F__)
+    for (int j = 0; j < NV; ++j) {
+      const uint32_t bits = words[w] >> (j * VL) & 0xffffu;
+      if (bits == 0) continue;
+      const T* from = row + w * NC + j * VL;
+      const int count = __builtin_popcount(bits);
+      store_some(values + at, chosen(n >= (j + 1) * VL ? load(from) : load_some(from, n - j * VL), bits), count);
+      at += count;
+    }
+#else
+    static_cast<void>(n);
+    for (uint32_t word = words[w]; word; word &= word - 1) values[at++] = row[w * NC + __builtin_ctz(word)];
+#endif
+  }
+}
+
 // Columns of a segment: of 256 columns of the right operand, so many rows take half of the L2 cache in float.
 constexpr int64_t kSegment = 512;
 // With few rows a segment has about so many columns that any of the rows has: all of their weights, up to a page a

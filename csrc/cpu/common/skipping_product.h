@@ -18,8 +18,9 @@ constexpr int64_t kListedBlockRows = 256;
 template <class T>
 class SkippingProduct {
  public:
-  // At most `rows` rows at a time, of `columns` elements.
-  static SkippingProduct plan(int64_t rows, bool few, int64_t columns, Right<T> weight, Matrix bias, int64_t width,
+  // At most `rows` rows at a time, of `columns` elements; `few`: of one block with few rows, for operands whose listed
+  // rows are read where they lie. `packs`: panel() is needed for another operand.
+  static SkippingProduct plan(int64_t rows, bool few, bool packs, int64_t columns, Right<T> weight, Matrix bias, int64_t width,
                               T* out, float dense_from, int threads) {
     SkippingProduct p;
     p.few_ = few;
@@ -42,7 +43,8 @@ class SkippingProduct {
     p.sparse_rows_ = {1, rows};
     p.dense_rows_ = {1, rows};
     if (!kIsFloat<T>) p.sums_ = {rows, workspace_stride(width)};
-    p.panels_ = {threads, static_cast<int64_t>(listed_panel_bytes(weight, few ? columns : kSegment))};
+    const int64_t panel = packs || weight.stride_n != 1 ? kSegment * kListedColumns<T> * sizeof(T) : 0;
+    p.panels_ = {threads, static_cast<int64_t>(rounded_bytes(panel))};
     p.scratch_ = TeamScratch::plan<T>(threads, columns, rows);
     p.sparse_items_ = p.dense_items_ = Items::plan(threads);
     return p;
@@ -106,6 +108,17 @@ class SkippingProduct {
     }
   }
 
+  // The lists of the block's sparse rows, i of which is row sparse_row(i) of the block.
+  Lists<T> lists() const {
+    return {offsets_.data, offsets_.stride, 1, segments_, segment_first_.data, index_.data, value_.data};
+  }
+  int64_t sparse() const { return sparse_; }
+  int64_t dense() const { return dense_; }
+  const int32_t* sparse_rows() const { return sparse_rows_.data; }
+  const int32_t* dense_rows() const { return dense_rows_.data; }
+  Value<T>* values() { return value_.data; }  // of the lists
+  T* panel(int thread) const { return reinterpret_cast<T*>(panels_.row(thread)); }
+
   // After the lists are made: the products, by whichever thread is free.
   void multiply(const Left<T>& from, const Team& team) {
     while (const Items::Item taken = dense_items_.take(team)) dense_panel(from, taken, team.index);
@@ -153,10 +166,7 @@ class SkippingProduct {
   }
 
   void sparse_part(const typename ColumnCut::Item& item, int thread) {
-    const Lists<T> lists{offsets_.data,        offsets_.stride, 1,          segments_,
-                         segment_first_.data, index_.data,     value_.data};
     const Used used{few_ ? used_.data : nullptr, used_first_.data, sparse_};
-    T* panel = reinterpret_cast<T*>(panels_.row(thread));
     float* sums;
     int64_t stride;
     if constexpr (kIsFloat<T>) {
@@ -166,7 +176,8 @@ class SkippingProduct {
       sums = sums_.data;
       stride = sums_.stride;
     }
-    sum_listed(lists, item.r0, item.r1, weight_, item.n0, item.n1, sums, stride, sparse_rows_.data, used, panel, false);
+    sum_listed(lists(), item.r0, item.r1, weight_, item.n0, item.n1, sums, stride, sparse_rows_.data, used,
+               panel(thread), false);
     if (kIsFloat<T> && !bias_.data && segments_ > 0) return;
     for (int64_t i = item.r0; i < item.r1; ++i) {
       const int64_t r = sparse_rows_.data[i];
@@ -194,7 +205,7 @@ class SkippingProduct {
   float dense_from_ = 0;
   int threads_ = 1;
   int64_t first_ = 0, sparse_ = 0, dense_ = 0, segments_ = 0;  // of the block
-  Workspace<int64_t> offsets_ = {};                             // [sparse rows, segments + 1]
+  Workspace<int64_t> offsets_ = {};                            // [sparse rows, segments + 1]
   Workspace<int32_t> segment_first_ = {}, index_ = {}, used_ = {};
   Workspace<Value<T>> value_ = {};
   Workspace<int64_t> used_first_ = {};
