@@ -172,6 +172,26 @@ struct SparseMlp {
   int threads;
 };
 
+// The gradient of a weight [N, K], all of whose memory is written; null where it is not asked for.
+struct WeightGradient {
+  void* data;
+  int64_t stride_n, stride_k;  // one of them is 1
+};
+
+struct SparseMlpBackward {
+  Dtype dtype;
+  Activation activation;
+  int64_t rows, h, i;
+  Matrix grad, x;
+  Weight w_in, w_out;
+  Compressed saved;  // as sparse_mlp left it
+  void* dx;          // [T, H] or null
+  WeightGradient dw_in, dw_out;
+  void* db_in;   // [I or 2I] or null
+  void* db_out;  // [H] or null
+  int threads;
+};
+
 // Every function writes its outputs completely and expects a plan that passed check_plan (csrc/cpu/plan.h).
 struct Kernels {
   bool pairs;  // bfloat16 is multiplied in pairs: a word of a panel holds two
@@ -185,6 +205,7 @@ struct Kernels {
   void (*grouped_mlp_backward)(const GroupedMlpBackward&);
   void (*sparse_linear)(const SparseLinear&);
   void (*sparse_mlp)(const SparseMlp&);
+  void (*sparse_mlp_backward)(const SparseMlpBackward&);
 };
 
 }  // namespace dyncore

@@ -14,6 +14,7 @@ void grouped_mlp(const GroupedMlp&);
 void grouped_mlp_backward(const GroupedMlpBackward&);
 void sparse_linear(const SparseLinear&);
 void sparse_mlp(const SparseMlp&);
+void sparse_mlp_backward(const SparseMlpBackward&);
 
 const Kernels& table();
 const Kernels& table() {
@@ -27,7 +28,8 @@ const Kernels& table() {
                                grouped_mlp,
                                grouped_mlp_backward,
                                sparse_linear,
-                               sparse_mlp};
+                               sparse_mlp,
+                               sparse_mlp_backward};
   return kernels;
 }
 

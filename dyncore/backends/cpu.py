@@ -408,7 +408,7 @@ def _sparse_mlp(
     out = None if w_out is None else x.new_empty(rows, w_out.shape[0])
     mask = values = row_offsets = None
     if save == "compressed":
-        mask = _new_int32(rows * ((inner + 31) // 32)).view(rows, -1)
+        mask = _new_int32(0).new_empty(rows, (inner + 31) // 32)
         row_offsets = torch.empty(rows + 1, dtype=torch.int64)
         # Room for all: what is not written takes up addresses, but no memory.
         values = x.new_empty((2, rows * inner) if gated else (rows * inner,))

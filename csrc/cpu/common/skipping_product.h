@@ -20,8 +20,8 @@ class SkippingProduct {
  public:
   // At most `rows` rows at a time, of `columns` elements; `few`: of one block with few rows, for operands whose listed
   // rows are read where they lie. `packs`: panel() is needed for another operand.
-  static SkippingProduct plan(int64_t rows, bool few, bool packs, int64_t columns, Right<T> weight, Matrix bias, int64_t width,
-                              T* out, float dense_from, int threads) {
+  static SkippingProduct plan(int64_t rows, bool few, bool packs, int64_t columns, Right<T> weight, Matrix bias,
+                              int64_t width, T* out, float dense_from, int threads) {
     SkippingProduct p;
     p.few_ = few;
     p.columns_ = columns;
