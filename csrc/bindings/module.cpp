@@ -272,7 +272,7 @@ void grouped_mlp_backward(py::handle grad_, py::handle x_, py::handle w_in_, py:
                           py::handle pre_, py::handle rows_, py::handle offsets_, py::handle scale_,
                           py::handle row_offsets_, py::handle row_slots_, int activation, py::handle dx_,
                           py::handle dw_in_, py::handle dw_out_, py::handle db_in_, py::handle db_out_,
-                          py::handle dscale_, int threads) {
+                          py::handle dscale_, bool dw_out_by_neuron, int threads) {
   const Rows grad("grad", grad_), x("x", x_), b_out("b_out", b_out_, Absence::allowed), pre("pre", pre_);
   const Weights w_in("w_in", w_in_), w_out("w_out", w_out_);
   const PlanTensors p(rows_, offsets_, scale_, row_offsets_, row_slots_, rows_of(row_offsets_));
@@ -292,7 +292,7 @@ void grouped_mlp_backward(py::handle grad_, py::handle x_, py::handle w_in_, py:
   pre.expect_shape({p.plan.capacity, width});
   dx.expect(x.type(), {p.plan.num_rows, h});
   dw_in.expect(x.type(), {p.plan.groups, width, h});
-  dw_out.expect(x.type(), {p.plan.groups, h, i});
+  dw_out.expect(x.type(), {p.plan.groups, dw_out_by_neuron ? i : h, dw_out_by_neuron ? h : i});
   db_in.expect(x.type(), {p.plan.groups, width});
   db_out.expect(x.type(), {p.plan.groups, h});
   dscale.expect(kFloat, {p.plan.capacity});
@@ -310,6 +310,7 @@ void grouped_mlp_backward(py::handle grad_, py::handle x_, py::handle w_in_, py:
                               dx.data(),
                               dw_in.data(),
                               dw_out.data(),
+                              dw_out_by_neuron,
                               db_in.data(),
                               db_out.data(),
                               dscale.data<float>(),

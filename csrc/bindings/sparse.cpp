@@ -103,11 +103,118 @@ void sparse_mlp(py::handle x_, py::handle w_in_, py::handle w_out_, py::handle b
   launch(&Kernels::sparse_mlp, op);
 }
 
+void sparse_linear_backward(py::handle grad_, py::handle h_, py::handle dweight_, int threads) {
+  const Rows grad("grad", grad_), h("h", h_);
+  const WeightOutput dweight("dweight", dweight_);
+  const int64_t n = grad.size(1), k = h.size(1);
+  grad.expect_type_of(h);
+  grad.expect_length(h.size(0), "rows");
+  if (!dweight) throw py::value_error("dweight: expected a Tensor, got None");
+  dweight.expect(h.type(), {n, k});
+  const SparseLinearBackward op{kernel_dtype(h), h.size(0),          n,      k, grad.matrix(),
+                                h.matrix(),      dweight.gradient(), threads};
+  launch(&Kernels::sparse_linear_backward, op);
+}
+
+// Refuses offsets that do not lead through `capacity` values, or disagree with the bits.
+void check_offsets(const Compressed& c, int64_t rows, int64_t i) {
+  const int64_t words = (i + 31) / 32;
+  bool good = c.row_offsets[0] == 0 && c.row_offsets[rows] <= c.capacity;
+  for (int64_t r = 0; r < rows && good; ++r) {
+    int64_t count = 0;
+    for (int64_t w = 0; w < words; ++w) count += __builtin_popcount(c.mask[r * words + w]);
+    good = c.row_offsets[r + 1] - c.row_offsets[r] == count;
+    if (words > 0 && i % 32 != 0) good = good && c.mask[r * words + words - 1] >> (i % 32) == 0;
+  }
+  if (!good) throw py::value_error("row_offsets: expected the ends of each row's values, as many as mask has bits");
+}
+
+void sparse_mlp_backward(py::handle grad_, py::handle x_, py::handle w_in_, py::handle w_out_, py::handle mask_,
+                         py::handle values_, py::handle row_offsets_, int activation, py::handle dx_, py::handle dw_in_,
+                         py::handle dw_out_, py::handle db_in_, py::handle db_out_, int threads) {
+  const Rows grad("grad", grad_), x("x", x_);
+  const WeightMatrix w_in("w_in", w_in_), w_out("w_out", w_out_);
+  const Output dx("dx", dx_, Absence::allowed), db_in("db_in", db_in_, Absence::allowed),
+      db_out("db_out", db_out_, Absence::allowed);
+  const WeightOutput dw_in("dw_in", dw_in_), dw_out("dw_out", dw_out_);
+  const Activation act = relu_activation(activation);
+  const int64_t rows = x.size(0), h = w_out.size(0), i = w_out.size(1), width = is_gated(act) ? 2 * i : i;
+  for (const Tensor* t : std::initializer_list<const Tensor*>{&grad, &w_in, &w_out}) t->expect_type_of(x);
+  grad.expect_shape({rows, h});
+  x.expect_shape({rows, h});
+  w_in.expect_shape({width, h});
+  dx.expect(x.type(), {rows, h});
+  dw_in.expect(x.type(), {width, h});
+  dw_out.expect(x.type(), {h, i});
+  db_in.expect(x.type(), {width});
+  db_out.expect(x.type(), {h});
+  const CompressedTensors saved(mask_, row_offsets_, values_, rows, i, is_gated(act), x.type());
+  if (!saved.mask) throw py::value_error("mask: expected a Tensor, got None");
+  const SparseMlpBackward op{kernel_dtype(x),
+                             act,
+                             rows,
+                             h,
+                             i,
+                             grad.matrix(),
+                             x.matrix(),
+                             w_in.weight(),
+                             w_out.weight(),
+                             saved.compressed,
+                             dx.data(),
+                             dw_in.gradient(),
+                             dw_out.gradient(),
+                             db_in.data(),
+                             db_out.data(),
+                             threads};
+  py::gil_scoped_release unlocked;
+  check_offsets(op.saved, rows, i);
+  kernels().sparse_mlp_backward(op);
+}
+
+int64_t count_nonzeros(py::handle h_, int threads) {
+  const Rows h("h", h_);
+  py::gil_scoped_release unlocked;
+  return kernels().count_nonzeros({kernel_dtype(h), false, h.size(0), h.size(1), h.matrix(), {}, threads});
+}
+
+// dense: [T, I], gated [T, 2I], of which the compressed tensors are, or become, what is left.
+template <class Kernel>
+void convert(Kernel kernel, const Tensor& dense, const Matrix& matrix, py::handle mask_, py::handle values_,
+             py::handle row_offsets_, bool gated, bool reads, int threads) {
+  const int64_t rows = dense.size(0), i = gated ? dense.size(1) / 2 : dense.size(1);
+  if (gated) dense.expect_shape({rows, 2 * i});
+  const CompressedTensors c(mask_, row_offsets_, values_, rows, i, gated, dense.type());
+  if (!c.mask) throw py::value_error("mask: expected a Tensor, got None");
+  if (!reads && c.compressed.capacity < rows * i) c.values.expect_shape({rows * i});
+  const Compression op{kernel_dtype(dense), gated, rows, i, matrix, c.compressed, threads};
+  py::gil_scoped_release unlocked;
+  if (reads) check_offsets(c.compressed, rows, i);
+  (kernels().*kernel)(op);
+}
+
+void compress(py::handle dense_, py::handle mask_, py::handle values_, py::handle row_offsets_, bool gated,
+              int threads) {
+  const Rows dense("pre", dense_);
+  convert(&Kernels::compress, dense, dense.matrix(), mask_, values_, row_offsets_, gated, false, threads);
+}
+
+void expand(py::handle dense_, py::handle mask_, py::handle values_, py::handle row_offsets_, bool gated, int threads) {
+  const Output dense("pre", dense_);
+  dense.expect_dims(2);
+  const Matrix matrix{dense.data(), dense.size(1)};
+  convert(&Kernels::expand, dense, matrix, mask_, values_, row_offsets_, gated, true, threads);
+}
+
 }  // namespace
 
 void define_sparse(py::module_& module) {
   module.def("sparse_linear", &sparse_linear);
+  module.def("sparse_linear_backward", &sparse_linear_backward);
   module.def("sparse_mlp", &sparse_mlp);
+  module.def("sparse_mlp_backward", &sparse_mlp_backward);
+  module.def("count_nonzeros", &count_nonzeros);
+  module.def("compress", &compress);
+  module.def("expand", &expand);
 }
 
 }  // namespace dyncore::bindings

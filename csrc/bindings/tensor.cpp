@@ -153,6 +153,18 @@ void Output::expect(const ElementType& type, std::initializer_list<int64_t> shap
   expect_shape(shape);
 }
 
+WeightOutput::WeightOutput(const char* name, py::handle source) : Tensor(name, source, Absence::allowed) {
+  expect_dims(2);
+  if (!*this || contiguous()) return;
+  if (stride(0) != 1 || (size(1) > 1 && stride(1) != size(0)))
+    throw py::value_error(std::string(name) + ": expected rows or columns side by side, without gaps");
+}
+
+void WeightOutput::expect(const ElementType& type, std::initializer_list<int64_t> shape) const {
+  expect_type(type);
+  expect_shape(shape);
+}
+
 Indices::Indices(const char* name, py::handle source, Absence absence) : Tensor(name, source, absence) {
   expect_dims(1);
   if (*this && type() == kInt64) saturate();

@@ -108,6 +108,15 @@ struct Output : Tensor {
   void expect(const ElementType& type, std::initializer_list<int64_t> shape) const;
 };
 
+// The gradient of a weight [N, K], N or K side by side, without gaps.
+struct WeightOutput : Tensor {
+  WeightOutput(const char* name, py::handle source);
+  void expect(const ElementType& type, std::initializer_list<int64_t> shape) const;
+  WeightGradient gradient() const {
+    return *this ? WeightGradient{data(), stride(0), stride(1)} : WeightGradient{nullptr, 1, 1};
+  }
+};
+
 // int32, one dimension, side by side. An int64 that int32 cannot hold stays outside of every range that is checked.
 struct Indices : Tensor {
   Indices(const char* name, py::handle source, Absence absence = Absence::refused);

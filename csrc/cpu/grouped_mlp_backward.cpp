@@ -129,9 +129,17 @@ void weight_gradients(Backward<T>& b, const Team& team) {
     }
   }
   if (op.dw_out) {
-    const GradientBlocks blocks(plan.groups, op.h, b.threads);
+    const GradientBlocks blocks(plan.groups, op.dw_out_by_neuron ? op.i : op.h, b.threads);
     while (const Items::Item item = b.dw_out_items.take(team)) {
       const int64_t g = blocks.group(item.index), first = plan.offsets[g];
+      if (op.dw_out_by_neuron) {
+        const ScaledLeft<T> u{{b.hidden.row(first), b.hidden.stride, nullptr},
+                              plan.scale ? plan.scale + first : nullptr};
+        const Right<T> dy{static_cast<const T*>(op.grad.data), 1, op.grad.stride, plan.rows + first};
+        weight_gradient_block(static_cast<T*>(op.dw_out), op.i, op.h, blocks, item.index, u, dy,
+                              plan.offsets[g + 1] - first, b.gradient, team.index);
+        continue;
+      }
       const ScaledLeft<T> dy{b.grad(first), plan.scale ? plan.scale + first : nullptr};
       const Right<T> u{b.hidden.row(first), 1, b.hidden.stride, nullptr};
       weight_gradient_block(static_cast<T*>(op.dw_out), op.h, op.i, blocks, item.index, dy, u,
@@ -207,7 +215,7 @@ void run(const GroupedMlpBackward& op) {
   b.hidden_items.share(Cut(b.pieces.all(), op.i, threads).items());
   b.dx_items.share(Cut(b.pieces.all(), op.h, threads).items());
   b.dw_in_items.share(GradientBlocks(op.plan.groups, width, threads).count());
-  b.dw_out_items.share(GradientBlocks(op.plan.groups, op.h, threads).count());
+  b.dw_out_items.share(GradientBlocks(op.plan.groups, op.dw_out_by_neuron ? op.i : op.h, threads).count());
   prefer_huge_pages(op.dx, op.plan.num_rows * op.h * sizeof(T));
   prefer_huge_pages(op.dw_in, op.plan.groups * width * op.h * sizeof(T));
   prefer_huge_pages(op.dw_out, op.plan.groups * op.h * op.i * sizeof(T));

@@ -127,9 +127,10 @@ struct GroupedMlpBackward {
   Matrix grad, x;
   Weight w_in, w_out;
   Matrix b_out, pre;
-  void* dx;       // [T, H] or null
-  void* dw_in;    // [G, I or 2I, H] or null
-  void* dw_out;   // [G, H, I] or null
+  void* dx;      // [T, H] or null
+  void* dw_in;   // [G, I or 2I, H] or null
+  void* dw_out;  // [G, H, I], or [G, I, H] where dw_out_by_neuron; or null
+  bool dw_out_by_neuron;
   void* db_in;    // [G, I or 2I] or null
   void* db_out;   // [G, H] or null
   float* dscale;  // [A] or null
@@ -192,6 +193,25 @@ struct SparseMlpBackward {
   int threads;
 };
 
+// dweight = grad^T h without the products of h's zeros.
+struct SparseLinearBackward {
+  Dtype dtype;
+  int64_t rows, n, k;
+  Matrix grad, h;
+  WeightGradient dweight;
+  int threads;
+};
+
+// Between [T, I], or [T, 2I] where gated, and what is left of it without the zeros of its first half.
+struct Compression {
+  Dtype dtype;
+  bool gated;
+  int64_t rows, i;
+  Matrix dense;
+  Compressed compressed;
+  int threads;
+};
+
 // Every function writes its outputs completely and expects a plan that passed check_plan (csrc/cpu/plan.h).
 struct Kernels {
   bool pairs;  // bfloat16 is multiplied in pairs: a word of a panel holds two
@@ -204,8 +224,12 @@ struct Kernels {
   void (*grouped_mlp)(const GroupedMlp&);
   void (*grouped_mlp_backward)(const GroupedMlpBackward&);
   void (*sparse_linear)(const SparseLinear&);
+  void (*sparse_linear_backward)(const SparseLinearBackward&);
   void (*sparse_mlp)(const SparseMlp&);
   void (*sparse_mlp_backward)(const SparseMlpBackward&);
+  int64_t (*count_nonzeros)(const Compression&);  // of the first half
+  void (*compress)(const Compression&);
+  void (*expand)(const Compression&);
 };
 
 }  // namespace dyncore

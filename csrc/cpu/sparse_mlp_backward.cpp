@@ -129,6 +129,8 @@ void dx_part(Backward<T>& b, int64_t item, int thread) {
     sums = dx;
     stride = b.op.h;
   }
+  for (int64_t r = r0; r < r1 && b.segments == 0; ++r)
+    for (int64_t n = n0; n < n1; ++n) sums[r * stride + n] = 0.0f;
   sum_listed(b.lists(1), r0, r1, b.w_in(false), n0, n1, sums, stride, nullptr, {}, b.panel(thread), false);
   if (b.gated) sum_listed(b.lists(2), r0, r1, b.w_in(true), n0, n1, sums, stride, nullptr, {}, b.panel(thread), true);
   if constexpr (!kIsFloat<T>)

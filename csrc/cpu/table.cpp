@@ -13,8 +13,12 @@ void grouped_linear_backward(const GroupedLinearBackward&);
 void grouped_mlp(const GroupedMlp&);
 void grouped_mlp_backward(const GroupedMlpBackward&);
 void sparse_linear(const SparseLinear&);
+void sparse_linear_backward(const SparseLinearBackward&);
 void sparse_mlp(const SparseMlp&);
 void sparse_mlp_backward(const SparseMlpBackward&);
+int64_t count_nonzeros(const Compression&);
+void compress(const Compression&);
+void expand(const Compression&);
 
 const Kernels& table();
 const Kernels& table() {
@@ -28,8 +32,12 @@ const Kernels& table() {
                                grouped_mlp,
                                grouped_mlp_backward,
                                sparse_linear,
+                               sparse_linear_backward,
                                sparse_mlp,
-                               sparse_mlp_backward};
+                               sparse_mlp_backward,
+                               count_nonzeros,
+                               compress,
+                               expand};
   return kernels;
 }
 

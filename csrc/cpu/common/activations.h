@@ -46,7 +46,7 @@ DYNCORE_INLINE ValueAndDerivative evaluate<Activation::none>(vf h) {
 
 template <>
 DYNCORE_INLINE ValueAndDerivative evaluate<Activation::relu>(vf h) {
-  return {h < 0.0f ? vf{} : h, h > 0.0f ? splat(1.0f) : vf{}};
+  return {h < 0.0f ? vf{} : h, h <= 0.0f ? vf{} : splat(1.0f)};
 }
 
 template <>

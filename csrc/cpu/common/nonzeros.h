@@ -40,7 +40,7 @@ inline int64_t count_bits(const uint32_t* words, int64_t count) {
   return bits;
 }
 
-// The bits of a row of any values; returns how many are set.
+// The bits of a row of any values, `words` of them null where they are to be counted alone; returns how many are set.
 template <class T>
 inline int64_t nonzero_bits(const T* row, int64_t columns, uint32_t* words) {
   int64_t count = 0;
@@ -48,7 +48,7 @@ inline int64_t nonzero_bits(const T* row, int64_t columns, uint32_t* words) {
     const Row r = load_row(row + w * NC, panel_width(columns, w * NC));
     uint32_t word = 0;
     for (int j = 0; j < NV; ++j) word |= nonzero_lanes(r.v[j]) << (j * VL);
-    words[w] = word;
+    if (words) words[w] = word;
     count += __builtin_popcount(word);
   }
   return count;
@@ -140,6 +140,16 @@ inline void choose_values(const uint32_t* words, int64_t columns, const T* row, 
     static_cast<void>(n);
     for (uint32_t word = words[w]; word; word &= word - 1) values[at++] = row[w * NC + __builtin_ctz(word)];
 #endif
+  }
+}
+
+// Puts a row's values where its bits are, and 0 elsewhere.
+template <class T>
+inline void spread_values(const uint32_t* words, int64_t columns, const T* values, T* row) {
+  int64_t at = 0;
+  for (int64_t w = 0; w < panels_of(columns); ++w) {
+    store_row(row + w * NC, zero_row(), panel_width(columns, w * NC));
+    for (uint32_t word = words[w]; word; word &= word - 1) row[w * NC + __builtin_ctz(word)] = values[at++];
   }
 }
 
