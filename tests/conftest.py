@@ -30,10 +30,10 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=cpu._native.supported_isas() if cpu.available else ["none"])
+@pytest.fixture(params=cpu.native.supported_isas() if cpu.available else ["none"])
 def isa(request):
     """The C++ kernels in each instruction set that this machine has."""
     before = cpu.isa()
-    cpu._native.select_isa(request.param)
+    cpu.native.select_isa(request.param)
     yield request.param
-    cpu._native.select_isa(before)
+    cpu.native.select_isa(before)

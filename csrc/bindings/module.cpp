@@ -270,9 +270,9 @@ bool grouped_mlp_fits(py::handle x_, py::handle w_in, py::handle w_out_, py::han
 
 void grouped_mlp_backward(py::handle grad_, py::handle x_, py::handle w_in_, py::handle w_out_, py::handle b_out_,
                           py::handle pre_, py::handle rows_, py::handle offsets_, py::handle scale_,
-                          py::handle row_offsets_, py::handle row_slots_, int activation, py::handle dx_,
-                          py::handle dw_in_, py::handle dw_out_, py::handle db_in_, py::handle db_out_,
-                          py::handle dscale_, bool dw_out_by_neuron, int threads) {
+                          py::handle row_offsets_, py::handle row_slots_, int activation, bool dw_out_by_neuron,
+                          py::handle dx_, py::handle dw_in_, py::handle dw_out_, py::handle db_in_, py::handle db_out_,
+                          py::handle dscale_, int threads) {
   const Rows grad("grad", grad_), x("x", x_), b_out("b_out", b_out_, Absence::allowed), pre("pre", pre_);
   const Weights w_in("w_in", w_in_), w_out("w_out", w_out_);
   const PlanTensors p(rows_, offsets_, scale_, row_offsets_, row_slots_, rows_of(row_offsets_));

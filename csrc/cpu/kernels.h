@@ -152,7 +152,7 @@ struct SparseLinear {
 
 // What a ReLU's zeros leave of a hidden activation [T, I].
 struct Compressed {
-  uint32_t* mask;        // [T, ceil(I / 32)]: a bit for every neuron that is not 0
+  uint32_t* mask;        // [T, ceil(I / 32)]: a bit for every neuron that is not 0; may be null where T or I is 0
   int64_t* row_offsets;  // [T + 1]
   void* values;          // [capacity], or [2, capacity] where gated: gates, then the other half
   int64_t capacity;
@@ -168,7 +168,7 @@ struct SparseMlp {
   Matrix b_in, b_out;
   float dense_from;
   void* out;         // [T, H], or null: the first half alone
-  Compressed saved;  // mask is null where it is not asked for
+  Compressed saved;  // row_offsets are null where it is not asked for
   void* pre;         // [T, I]: relu, or [T, 2I]: relu of the gates, the other half (0 where a gate is 0); or null
   int threads;
 };

@@ -90,7 +90,7 @@ void save(Forward<T>& f, int64_t first, int64_t rows, const Team& team) {
   const int64_t end = rows * (team.index + 1) / team.size, words = panels_of(op.i);
   for (int64_t r = rows * team.index / team.size; r < end; ++r) {
     T* hidden = f.hidden.row(r);
-    if (op.saved.mask) {
+    if (op.saved.row_offsets) {
       const uint32_t* bits = f.product.words.row(r);
       std::memcpy(op.saved.mask + (first + r) * words, bits, words * sizeof(uint32_t));
       choose_values(bits, op.i, hidden, static_cast<T*>(op.saved.values) + op.saved.row_offsets[first + r]);
@@ -151,7 +151,7 @@ void gate(Forward<T>& f, int64_t first, const Team& team) {
   const SparseMlp& op = f.op;
   SkippingProduct<T>& p = f.product;
   const Lists<T> lists = p.lists();
-  T* const saved = op.saved.mask ? static_cast<T*>(op.saved.values) + op.saved.capacity : nullptr;
+  T* const saved = op.saved.row_offsets ? static_cast<T*>(op.saved.values) + op.saved.capacity : nullptr;
   T* const pre = static_cast<T*>(op.pre);
   const T* const bias = op.b_in.data ? static_cast<const T*>(op.b_in.data) + op.i : nullptr;
   for (int64_t i = p.sparse() * team.index / team.size; i < p.sparse() * (team.index + 1) / team.size; ++i) {
@@ -202,7 +202,7 @@ void body(void* context, const Team& team) {
     team.barrier();
     if (team.index == 0) {
       p.choose(first, rows);
-      for (int64_t r = 0; op.saved.mask && r < rows; ++r)
+      for (int64_t r = 0; op.saved.row_offsets && r < rows; ++r)
         op.saved.row_offsets[first + r + 1] = op.saved.row_offsets[first + r] + p.counts.data[r];
       if (f.gated) f.up_items.share(up_parts(f));
       const int64_t next = first + rows, after = op.rows - next < f.block_rows ? op.rows - next : f.block_rows;
@@ -243,7 +243,7 @@ void run(const SparseMlp& op) {
   f.product.place(scratch.take(f.product.bytes()));
   place_in(scratch, f.x, f.hidden, f.up, f.dots, f.scratch, f.hidden_items, f.up_items);
   prefer_huge_pages(op.out, op.rows * op.h * sizeof(T));
-  if (op.saved.mask) op.saved.row_offsets[0] = 0;
+  if (op.saved.row_offsets) op.saved.row_offsets[0] = 0;
   const int64_t rows = op.rows < f.block_rows ? op.rows : f.block_rows;
   f.hidden_items.share(Cut(Block{{0, 0, rows, op.rows}}.span(), op.i, threads).items());
   parallel(threads, body<T>, &f);

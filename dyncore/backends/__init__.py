@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from dyncore.backends import cpu, meta, reference, triton
+from dyncore.backends import cpu, cpu_sparse, meta, reference, triton
 
 _PLAN = "Tensor rows, Tensor offsets, Tensor? scale, Tensor row_offsets, Tensor row_slots"
 
@@ -53,6 +53,6 @@ _library = torch.library.Library("dyncore", "DEF")
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
-    _library.impl(_name, getattr(cpu, _name), "CPU")
+    _library.impl(_name, getattr(cpu_sparse if _name.startswith("sparse") else cpu, _name), "CPU")
     _library.impl(_name, getattr(triton, _name, getattr(reference, _name)), "CUDA")
     _library.impl(_name, getattr(meta, _name), "Meta")

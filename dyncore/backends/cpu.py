@@ -32,7 +32,7 @@ class _Codes(dict[str, int]):
 
 
 _ELEMENTWISE = _Codes({name: code for code, name in enumerate(("none", *activations.ELEMENTWISE))})
-_ACTIVATIONS = _Codes({name: code for code, name in enumerate((*_ELEMENTWISE, *activations.GATED))})
+ACTIVATION_CODES = _Codes({name: code for code, name in enumerate((*_ELEMENTWISE, *activations.GATED))})
 
 
 def _share_openmp() -> None:
@@ -57,13 +57,13 @@ def _load() -> tuple[Any, str]:
     return native, ""
 
 
-_native, reason = _load()
-available = _native is not None
+native, reason = _load()
+available = native is not None
 
 
 def isa() -> str:
     """The instruction set that the kernels run with; "none" where the reference serves."""
-    return _native.selected_isa() if available else "none"
+    return native.selected_isa() if available else "none"
 
 
 def threads() -> int:
@@ -71,7 +71,7 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-def _serves(x: Tensor) -> bool:
+def serves(x: Tensor) -> bool:
     """Whether the kernels take tensors of x's dtype: float32, bfloat16 or float16."""
     return available and x.dtype in _DTYPES
 
@@ -84,7 +84,7 @@ def _scaled_gradient(dscale: Tensor | None, scale: Tensor | None, x: Tensor) -> 
     return dscale.to(scale.dtype)
 
 
-def _or_empty(t: Tensor | None, x: Tensor) -> Tensor:
+def or_empty(t: Tensor | None, x: Tensor) -> Tensor:
     return x.new_empty(0) if t is None else t
 
 
@@ -93,7 +93,7 @@ def _or_empty(t: Tensor | None, x: Tensor) -> Tensor:
 
 def count_mask(mask: Tensor) -> int:
     """How many entries of a bool tensor are True."""
-    return _native.count_mask(mask) if available else int(mask.sum())
+    return native.count_mask(mask) if available else int(mask.sum())
 
 
 def count_route(expert: Tensor, num_groups: int) -> int:
@@ -102,22 +102,22 @@ def count_route(expert: Tensor, num_groups: int) -> int:
         if expert.numel() and int(expert.max()) >= num_groups:
             raise IndexError(f"expert: expected indices below num_groups={num_groups}, got {int(expert.max())}")
         return int((expert >= 0).sum())
-    return _native.count_route(expert, num_groups)
+    return native.count_route(expert, num_groups)
 
 
-_new_int32 = torch.empty(0, dtype=torch.int32, device="cpu").new_empty  # 0.8 us; torch.empty with a dtype takes 1.0
+new_int32 = torch.empty(0, dtype=torch.int32, device="cpu").new_empty  # 0.8 us; torch.empty with a dtype takes 1.0
 
 
 def _new_plan(num_rows: int, num_groups: int, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Buffers of a plan being made: rows, offsets, row_offsets, row_slots."""
-    return _new_int32(capacity), _new_int32(num_groups + 1), _new_int32(num_rows + 1), _new_int32(capacity)
+    return new_int32(capacity), new_int32(num_groups + 1), new_int32(num_rows + 1), new_int32(capacity)
 
 
 def plan_inverse(rows: Tensor, offsets: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     if not available:
         return reference.plan_inverse(rows, offsets, num_rows)
-    row_offsets, row_slots = _new_int32(num_rows + 1), _new_int32(rows.shape[0])
-    _native.plan_inverse(rows, offsets, row_offsets, row_slots)
+    row_offsets, row_slots = new_int32(num_rows + 1), new_int32(rows.shape[0])
+    native.plan_inverse(rows, offsets, row_offsets, row_slots)
     return row_offsets, row_slots
 
 
@@ -125,7 +125,7 @@ def plan_mask(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tens
     if not available:
         return reference.plan_mask(mask, capacity)
     plan = _new_plan(mask.shape[0], mask.shape[1] if mask.dim() == 2 else 1, capacity)
-    _native.plan_mask(mask, *plan)
+    native.plan_mask(mask, *plan)
     return plan
 
 
@@ -133,8 +133,8 @@ def plan_route(expert: Tensor, num_groups: int, capacity: int) -> tuple[Tensor, 
     if not available or expert.dtype not in (torch.int32, torch.int64):
         return reference.plan_route(expert, num_groups, capacity)
     plan = _new_plan(expert.shape[0], num_groups, capacity)
-    sources = _new_int32(capacity)
-    _native.plan_route(expert, *plan, sources)
+    sources = new_int32(capacity)
+    native.plan_route(expert, *plan, sources)
     return *plan, sources
 
 
@@ -145,7 +145,7 @@ def plan_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         scores = scores.float()
     batch, seq = scores.shape
     plan = _new_plan(batch * seq, 1, batch * k)
-    _native.plan_topk(scores, k, *plan)
+    native.plan_topk(scores, k, *plan)
     return plan
 
 
@@ -156,7 +156,7 @@ def gather_rows(x: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
     if not available:
         return reference.gather_rows(x, rows, offsets)
     out = x.new_empty(rows.shape[0], x.shape[1])
-    _native.gather_rows(x, rows, offsets, out, threads())
+    native.gather_rows(x, rows, offsets, out, threads())
     return out
 
 
@@ -169,10 +169,10 @@ def scatter_rows(
     row_offsets: Tensor,
     row_slots: Tensor,
 ) -> Tensor:
-    if not _serves(y):
+    if not serves(y):
         return reference.scatter_rows(y, base, rows, offsets, scale, row_offsets, row_slots)
     out = y.new_empty(row_offsets.shape[0] - 1, y.shape[1])
-    _native.scatter_rows(y, base, rows, offsets, scale, row_offsets, row_slots, out, threads())
+    native.scatter_rows(y, base, rows, offsets, scale, row_offsets, row_slots, out, threads())
     return out
 
 
@@ -186,13 +186,13 @@ def scatter_rows_backward(
     row_slots: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    if not _serves(y):
+    if not serves(y):
         return reference.scatter_rows_backward(grad, y, rows, offsets, scale, row_offsets, row_slots, needs)
     dy = y.new_empty(y.shape) if needs[0] else None
     dscale = y.new_empty(y.shape[0], dtype=torch.float32) if needs[1] and scale is not None else None
     num_rows = row_offsets.shape[0] - 1
-    _native.scatter_rows_backward(grad, y, rows, offsets, scale, num_rows, dy, dscale, threads())
-    return _or_empty(dy, y), _scaled_gradient(dscale, scale, y)
+    native.scatter_rows_backward(grad, y, rows, offsets, scale, num_rows, dy, dscale, threads())
+    return or_empty(dy, y), _scaled_gradient(dscale, scale, y)
 
 
 # Grouped products -------------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def grouped_linear(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     plan = (rows, offsets, scale, row_offsets, row_slots)
-    if not _serves(x):
+    if not serves(x):
         return reference.grouped_linear(x, weight, bias, *plan, activation, gather, scatter, save)
     if torch_is_faster("grouped_linear", x.dtype, offsets, weight):
         return torch_matmul.grouped_linear(x, weight, bias, *plan, activation, gather, scatter, save)
@@ -221,8 +221,8 @@ def grouped_linear(
     out = x.new_empty(row_offsets.shape[0] - 1 if scatter else slots, n)
     pre = x.new_empty(slots, n) if save and activation != "none" else None
     form = (_ELEMENTWISE[activation], gather, scatter)
-    _native.grouped_linear(x, weight, bias, *plan, *form, out, pre, threads())
-    return out, _or_empty(pre, x)
+    native.grouped_linear(x, weight, bias, *plan, *form, out, pre, threads())
+    return out, or_empty(pre, x)
 
 
 def grouped_linear_backward(
@@ -242,7 +242,7 @@ def grouped_linear_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     plan = (rows, offsets, scale, row_offsets, row_slots)
-    if not _serves(x):
+    if not serves(x):
         return reference.grouped_linear_backward(grad, x, weight, bias, pre, *plan, activation, gather, scatter, needs)
     saved = None if activation == "none" else pre
     dx = x.new_empty(x.shape) if needs[0] else None
@@ -252,8 +252,8 @@ def grouped_linear_backward(
     dscale = x.new_empty(rows.shape[0], dtype=torch.float32) if want_scale else None
     form = (_ELEMENTWISE[activation], gather, scatter)
     outputs = (dx, dweight, dbias, dscale)
-    _native.grouped_linear_backward(grad, x, weight, bias, saved, *plan, *form, *outputs, threads())
-    return _or_empty(dx, x), _or_empty(dweight, x), _or_empty(dbias, x), _scaled_gradient(dscale, scale, x)
+    native.grouped_linear_backward(grad, x, weight, bias, saved, *plan, *form, *outputs, threads())
+    return or_empty(dx, x), or_empty(dweight, x), or_empty(dbias, x), _scaled_gradient(dscale, scale, x)
 
 
 def grouped_mlp(
@@ -272,31 +272,31 @@ def grouped_mlp(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     inputs = (x, w_in, w_out, b_in, b_out, residual, rows, offsets, scale, row_offsets, row_slots)
-    if not _serves(x):
+    if not serves(x):
         return reference.grouped_mlp(*inputs, activation, save)
     if torch_is_faster("grouped_mlp", x.dtype, offsets, w_in, w_out):
         return torch_matmul.grouped_mlp(*inputs, activation, save)
     out = x.new_empty(row_offsets.shape[0] - 1, w_out.shape[1])
     pre = x.new_empty(rows.shape[0], w_in.shape[1]) if save else None
-    _native.grouped_mlp(*inputs, _ACTIVATIONS[activation], None, None, out, pre, threads())
-    return out, _or_empty(pre, x)
+    native.grouped_mlp(*inputs, ACTIVATION_CODES[activation], None, None, out, pre, threads())
+    return out, or_empty(pre, x)
 
 
 def panels_shape(weight: Tensor, parts: int) -> tuple[int, ...]:
     """The shape of a weight's panels (csrc/cpu/kernels.h, PackWeight) in float32; (0,) where kernels take none."""
-    if not _serves(weight):
+    if not serves(weight):
         return (0,)
     groups, n, k = weight.shape
     if parts < 1:
         raise ValueError(f"parts: expected 1, or 2 for a gated weight, got {parts}")
-    pairs = weight.dtype is torch.bfloat16 and _native.pairs()
+    pairs = weight.dtype is torch.bfloat16 and native.pairs()
     return groups, parts, (n // parts + 31) // 32, (k + 1) // 2 if pairs else k, 32
 
 
 def pack_weight(weight: Tensor, parts: int) -> Tensor:
     panels = weight.new_empty(panels_shape(weight, parts), dtype=torch.float32)
-    if _serves(weight):
-        _native.pack_weight(weight, parts, panels, threads())
+    if serves(weight):
+        native.pack_weight(weight, parts, panels, threads())
     return panels
 
 
@@ -318,14 +318,14 @@ def grouped_mlp_packed(
     packed_isa: str,
 ) -> Tensor:
     inputs = (x, w_in, w_out, b_in, b_out, residual, rows, offsets, scale, row_offsets, row_slots)
-    if not _serves(x):
+    if not serves(x):
         return reference.grouped_mlp(*inputs, activation, False)[0]
     if packed_isa != isa():
         raise ValueError(f"panels: expected ones packed for the instruction set {isa()}, got {packed_isa}")
     if torch_is_faster("grouped_mlp", x.dtype, offsets, w_in, w_out):
         return torch_matmul.grouped_mlp(*inputs, activation, False)[0]
     out = x.new_empty(row_offsets.shape[0] - 1, w_out.shape[1])
-    _native.grouped_mlp(*inputs, _ACTIVATIONS[activation], in_panels, out_panels, out, None, threads())
+    native.grouped_mlp(*inputs, ACTIVATION_CODES[activation], in_panels, out_panels, out, None, threads())
     return out
 
 
@@ -342,7 +342,7 @@ def grouped_mlp_fits(
     gated: bool,
 ) -> bool:
     """Whether these are CPU tensors of one dtype that has kernels, in the shapes that dyncore.grouped_mlp asks."""
-    return available and _native.grouped_mlp_fits(x, w_in, w_out, b_in, b_out, residual, rows, offsets, num_rows, gated)
+    return available and native.grouped_mlp_fits(x, w_in, w_out, b_in, b_out, residual, rows, offsets, num_rows, gated)
 
 
 def grouped_mlp_backward(
@@ -362,7 +362,7 @@ def grouped_mlp_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     plan = (rows, offsets, scale, row_offsets, row_slots)
-    if not _serves(x):
+    if not serves(x):
         return reference.grouped_mlp_backward(grad, x, w_in, w_out, b_in, b_out, pre, *plan, activation, needs)
     dx = x.new_empty(x.shape) if needs[0] else None
     dw_in = x.new_empty(w_in.shape) if needs[1] else None
@@ -371,84 +371,8 @@ def grouped_mlp_backward(
     db_out = x.new_empty(w_out.shape[:2]) if needs[4] and b_out is not None else None
     dscale = x.new_empty(rows.shape[0], dtype=torch.float32) if needs[5] and scale is not None else None
     outputs = (dx, dw_in, dw_out, db_in, db_out)
-    _native.grouped_mlp_backward(
-        grad, x, w_in, w_out, b_out, pre, *plan, _ACTIVATIONS[activation], *outputs, dscale, threads()
+    native.grouped_mlp_backward(
+        grad, x, w_in, w_out, b_out, pre, *plan, ACTIVATION_CODES[activation], False, *outputs, dscale, threads()
     )
-    gradients = [_or_empty(g, x) for g in outputs]
+    gradients = [or_empty(g, x) for g in outputs]
     return gradients[0], gradients[1], gradients[2], gradients[3], gradients[4], _scaled_gradient(dscale, scale, x)
-
-
-# Zeros of a ReLU skipped ------------------------------------------------------------------------------------------
-
-
-def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None, dense_from: float) -> Tensor:
-    if not _serves(h):
-        return reference.sparse_linear(h, weight, bias, dense_from)
-    out = h.new_empty(h.shape[0], weight.shape[0])
-    _native.sparse_linear(h, weight, bias, dense_from, out, threads())
-    return out
-
-
-sparse_linear_backward = reference.sparse_linear_backward
-def _sparse_mlp(
-    x: Tensor,
-    w_in: Tensor,
-    w_out: Tensor | None,
-    b_in: Tensor | None,
-    b_out: Tensor | None,
-    activation: str,
-    dense_from: float,
-    save: str,
-    capacity: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(out, mask, values, row_offsets, pre), each empty where it is not asked for: out where there is no w_out."""
-    rows, width = x.shape[0], w_in.shape[0]
-    gated = activation in activations.GATED
-    inner = width // 2 if gated else width
-    out = None if w_out is None else x.new_empty(rows, w_out.shape[0])
-    mask = values = row_offsets = None
-    if save == "compressed":
-        mask = _new_int32(0).new_empty(rows, (inner + 31) // 32)
-        row_offsets = torch.empty(rows + 1, dtype=torch.int64)
-        # Room for all: what is not written takes up addresses, but no memory.
-        values = x.new_empty((2, rows * inner) if gated else (rows * inner,))
-    pre = x.new_empty(rows, width) if save == "dense" else None
-    form = (_ACTIVATIONS[activation], dense_from)
-    _native.sparse_mlp(x, w_in, w_out, b_in, b_out, *form, out, mask, values, row_offsets, pre, threads())
-    if capacity < 0 and values is not None and row_offsets is not None:
-        values = values[..., : int(row_offsets[-1])].clone(memory_format=torch.contiguous_format)
-    no_ints = _new_int32(0)
-    return (
-        _or_empty(out, x),
-        no_ints if mask is None else mask,
-        _or_empty(values, x),
-        no_ints.long() if row_offsets is None else row_offsets,
-        _or_empty(pre, x),
-    )
-
-
-def sparse_hidden(
-    x: Tensor, w_in: Tensor, b_in: Tensor | None, activation: str, dense_from: float, capacity: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    if not _serves(x):
-        return reference.sparse_hidden(x, w_in, b_in, activation, dense_from, capacity)
-    return _sparse_mlp(x, w_in, None, b_in, None, activation, dense_from, "compressed", capacity)[1:4]
-
-
-def sparse_mlp(
-    x: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    b_in: Tensor | None,
-    b_out: Tensor | None,
-    activation: str,
-    dense_from: float,
-    save: str,
-    capacity: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if not _serves(x):
-        return reference.sparse_mlp(x, w_in, w_out, b_in, b_out, activation, dense_from, save, capacity)
-    return _sparse_mlp(x, w_in, w_out, b_in, b_out, activation, dense_from, save, capacity)
-
-
-sparse_mlp_backward = reference.sparse_mlp_backward

@@ -19,14 +19,14 @@ def python(code, **environment):
 
 @needs_module
 def test_the_environment_chooses_the_instruction_set_and_the_best_is_the_default(monkeypatch):
-    names, before = cpu._native.supported_isas(), cpu.isa()
+    names, before = cpu.native.supported_isas(), cpu.isa()
     try:
         for value, name in [*((name, name) for name in names), ("", names[-1])]:
             monkeypatch.setenv("DYNCORE_CPU_ISA", value)
             cpu._load()
             assert cpu.isa() == name
     finally:
-        cpu._native.select_isa(before)
+        cpu.native.select_isa(before)
 
 
 @needs_module

@@ -49,7 +49,7 @@ def calls():
             (x, w_in, w_out, b_in, b_out, None, *plan, GELU, None, None),
             {"out": new(T, H), "pre": new(A, I)},
         ),
-        "grouped_mlp_backward": ((x, x, w_in, w_out, b_out, pre, *plan, GELU), mlp_gradients),
+        "grouped_mlp_backward": ((x, x, w_in, w_out, b_out, pre, *plan, GELU, False), mlp_gradients),
         "pack_weight": ((w_in, 1), {"panels": new(G, 1, 1, H, 32)}),
         "plan_mask": ((mask,), lists),
         "plan_route": ((torch.zeros(T, 2, dtype=torch.int64),), {**lists, "sources": new(A, **ints)}),
@@ -60,7 +60,7 @@ def calls():
 
 def call(op, inputs, outputs):
     threads = () if op.startswith("plan_") else (1,)
-    getattr(cpu._native, op)(*inputs, *outputs.values(), *threads)
+    getattr(cpu.native, op)(*inputs, *outputs.values(), *threads)
 
 
 # The length of these is what says how many slots or groups a new plan has.

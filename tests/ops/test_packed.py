@@ -119,19 +119,19 @@ def test_panels_take_the_bytes_that_are_documented(isa, dtype):
 
 @needs_kernels
 def test_panels_of_another_instruction_set_are_refused():
-    names = cpu._native.supported_isas()
+    names = cpu.native.supported_isas()
     if len(names) < 2:
         pytest.skip("needs two instruction sets")
     inputs, plan = problem((5, 2, 8, 8), torch.float32, "gelu"), make_plan("routed", 5, 2, None)
     before = cpu.isa()
-    cpu._native.select_isa(names[-1])
+    cpu.native.select_isa(names[-1])
     packed = PackedMLP(*inputs[1:3], "gelu")
-    cpu._native.select_isa(names[0])
+    cpu.native.select_isa(names[0])
     try:
         with pytest.raises(ValueError, match=f"packed for the instruction set {names[0]}, got {names[-1]}"):
             run(*inputs, plan, "gelu", packed)
     finally:
-        cpu._native.select_isa(before)
+        cpu.native.select_isa(before)
 
 
 @needs_kernels
