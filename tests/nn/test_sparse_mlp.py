@@ -133,8 +133,8 @@ def test_the_state_dict_is_that_of_the_layer_replaced(dense):
     assert_laid_out(layer)
     fresh = copy.deepcopy(dense)
     fresh.load_state_dict(layer.state_dict(), strict=True)
-    same = dict(rtol=5e-5, atol=2e-4)  # weights of variance 1: values of some 20, summed in another order
-        assert_same(results(layer.eval(), torch.ones(4, DIM)), results(fresh.eval(), torch.ones(4, DIM)), **same)
+    same = {"rtol": 5e-5, "atol": 2e-4}  # weights of variance 1: values of some 20, summed in another order
+    assert_same(results(layer.eval(), torch.ones(4, DIM)), results(fresh.eval(), torch.ones(4, DIM)), **same)
     layer.load_state_dict({n: t.clone() for n, t in before.items()}, strict=True, assign=True)
     assert_laid_out(layer)
     dense.load_state_dict(before)
