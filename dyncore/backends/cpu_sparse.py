@@ -81,7 +81,7 @@ def _compressed_buffers(x: Tensor, inner: int, gated: bool) -> tuple[Tensor, Ten
 
 
 def _of_capacity(values: Tensor, count: int, capacity: int) -> Tensor:
-    """The first `count` of values' last dimension, in a buffer of `capacity` elements, or of none more where it is -1."""
+    """The first `count` of values' last dimension, alone (capacity -1) or in a buffer of `capacity` elements."""
     if capacity < 0:
         return values[..., :count].clone(memory_format=torch.contiguous_format)
     if count > capacity:
