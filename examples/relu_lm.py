@@ -131,12 +131,19 @@ class DenseMLP(MLP):
         return self.w_out(h)
 
 
+# More inputs and outputs than the norm needs, so that rows stay whole vectors: forward and backward of 1024 tokens at
+# full size and 95% zeros take 34.1 ms with 1 more, 31.4 with 16, 26.7 without the norm; dense 88.
+MORE = 16
+
+
 def with_l1(x: Tensor, w_in: Tensor, w_out: Tensor, b_in: Tensor, b_out: Tensor) -> tuple[Tensor, Tensor]:
-    """(y [..., H], |h|_1 [...]) of one fused MLP that has an input, always 0, and an output, the norm, more."""
-    ones = w_out.new_ones(w_out.shape[1], 1)
-    out_and_norm = torch.cat([w_out.t(), ones], dim=1).t()
-    y = dc.sparse_mlp(F.pad(x, (0, 1)), F.pad(w_in, (0, 1)), out_and_norm, b_in, F.pad(b_out, (0, 1)))
-    return y[..., :-1], y[..., -1]
+    """(y [..., H], |h|_1 [...]) of one fused MLP that has inputs, always 0, and outputs more; the first is the norm."""
+    width, hidden = w_out.shape
+    more = w_out.new_zeros(hidden, MORE)
+    more[:, 0] = 1
+    w_out = torch.cat([w_out.t(), more], dim=1).t()
+    y = dc.sparse_mlp(F.pad(x, (0, MORE)), F.pad(w_in, (0, MORE)), w_out, b_in, F.pad(b_out, (0, MORE)))
+    return y[..., :width], y[..., width]
 
 
 def hoyer(h: Tensor) -> Tensor:
