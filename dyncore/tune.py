@@ -1,7 +1,8 @@
 """`dyncore tune`: measures this machine's break-evens and writes them where dyncore.break_even reads them. Floor 5.
 
-Two questions, each for a few sizes: from which density of slots computing everything is faster than skipping, and
-whether torch's matmul on gathered rows, group by group, is faster than our kernels. Ways are timed in turn, weights
+Three questions, each for a few sizes: from which density of slots computing everything is faster than skipping, from
+which density of non-zeros a dense product is faster than skipping zeros, and whether torch's matmul on gathered rows,
+group by group, is faster than our kernels. Ways are timed in turn, weights
 come from memory. Needs torch alone.
 """
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 import dyncore as dc
 from dyncore import break_even
-from dyncore.backends import cpu, torch_matmul
+from dyncore.backends import cpu, cpu_sparse, torch_matmul
 from dyncore.break_even import MARGIN, SCHEMA, Table, machine, parse, path, read
 from dyncore.measure.environment import timing_warnings
 from dyncore.measure.records import write_results
@@ -30,6 +31,7 @@ OPS = ("grouped_linear", "grouped_mlp")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GROUPS = 4
 _DENSITIES = (0.5, 0.75, 1.0)
+_NONZEROS = (0.1, 0.25, 0.4, 0.55)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +107,24 @@ def masked_cell(op: str, dtype: torch.dtype, rows: int, width: int, seconds: flo
     return {"op": op, "dtype": name, "rows": rows, "weights": width**2, "density": density}
 
 
+def dense_cell(dtype: torch.dtype, rows: int, width: int, seconds: float) -> dict[str, Any]:
+    """The density of non-zeros from which a dense product is faster than sparse_linear's lists; None for never."""
+    weights = (_weights("grouped_linear", 1, width, dtype)[0][0].t(),)  # stored neuron by neuron
+    x = torch.randn(rows, width)
+    inputs = [(x * (torch.rand_like(x) < density)).to(dtype) for density in _NONZEROS]
+
+    def way(h: Tensor, dense_from: float) -> Callable[..., Any]:
+        return lambda w: cpu_sparse.sparse_linear(h, w, None, dense_from)
+
+    ways = {f"{density}": way(h, break_even.NEVER) for density, h in zip(_NONZEROS, inputs, strict=True)}
+    timings = _rounds({**ways, "dense": way(inputs[-1], 0.0)}, weights, seconds)
+    times = [timings[name].median for name in ways]
+    limit = timings["dense"].median
+    density = None if times[-1] <= limit else crossing(_NONZEROS, times, limit) or _NONZEROS[0]
+    name = str(dtype).removeprefix("torch.")
+    return {"op": "sparse_linear", "dtype": name, "rows": rows, "weights": width**2, "density": density}
+
+
 def _executor_line(cell: dict[str, Any]) -> str:
     ours, torchs = cell["ours"], cell["torch"]
     verdict = "torch" if torchs > MARGIN * ours else "ours" if ours > MARGIN * torchs else "even"
@@ -126,16 +146,21 @@ def measure(effort: Effort) -> Iterator[tuple[str, dict[str, Any], str]]:
         cell = executor_cell(op, dtype, rows, width, effort.seconds)
         executors.append(cell)
         yield "executors", cell, _executor_line(cell)
-    with break_even.use(parse({"masked": [], "executors": executors})):  # skipping as it will be
+    with break_even.use(parse({"masked": [], "executors": executors, "dense": []})):  # skipping as it will be
         for op, dtype, width, rows in itertools.product(OPS, DTYPES, effort.masked_widths, effort.masked_rows):
             cell = masked_cell(op, dtype, rows, width, effort.seconds)
             yield "masked", cell, _masked_line(cell)
+    for dtype, width, rows in itertools.product(DTYPES, effort.masked_widths, effort.rows):
+        cell = dense_cell(dtype, rows, width, effort.seconds)
+        yield "dense", cell, _masked_line(cell)
 
 
 _HEADINGS = {
     "executors": "GFLOP/s by rows of a group and elements of its weights\n"
     "op              dtype      rows   weights       ours      torch  faster",
     "masked": "\ndensity of slots from which computing everything is faster, by rows of x and elements of the weights\n"
+    "op              dtype      rows   weights  from",
+    "dense": "\ndensity of non-zeros from which a dense product is faster, by rows and elements of the weights\n"
     "op              dtype      rows   weights  from",
 }
 
@@ -158,7 +183,7 @@ def run(effort: Effort, threads: int | None = None) -> int:
     threads = torch.get_num_threads()
     print(f"{here['cpu']}, {here['isa']}, {threads} threads, torch {here['torch']}\n")
     torch.manual_seed(0)
-    record: dict[str, Any] = {"masked": [], "executors": []}
+    record: dict[str, Any] = {"masked": [], "executors": [], "dense": []}
     heading = None
     for name, cell, line in measure(effort):
         if name != heading:

@@ -37,6 +37,7 @@ def document(**changes):
     record = {
         "executors": [{**cell, "rows": 16, "ours": 9.0, "torch": 3.0}, {**cell, "rows": 256, "ours": 2.0, "torch": 8.0}],
         "masked": [{**cell, "rows": 20, "density": 0.5}, {**cell, "rows": 320, "density": None}],
+        "dense": [{**cell, "op": "sparse_linear", "rows": 20, "density": 0.3}, {**cell, "op": "sparse_linear", "rows": 320, "density": None}],
     }  # fmt: skip
     threads = {str(torch.get_num_threads()): record}
     return {"schema": break_even.SCHEMA, "machine": break_even.machine(), "threads": threads} | changes
@@ -51,6 +52,7 @@ def offsets(*sizes):
 
 
 WEIGHT = torch.empty(2, 32, 32, dtype=BF16)
+BY_NEURON = WEIGHT[0].t()
 
 
 def test_sizes_between_those_measured_take_the_nearest_by_ratio():
@@ -125,7 +127,7 @@ def test_no_file_means_the_defaults_and_no_warning(folder):
 BAD = {
     "not JSON": "{",
     "brackets without end": "[" * 200_000,
-    "a rate past every float": document(threads={"1": {"masked": [], "executors": [
+    "a rate past every float": document(threads={"1": {"masked": [], "dense": [], "executors": [
         {"op": "grouped_mlp", "dtype": "float32", "rows": 1, "weights": 1, "ours": 10**400, "torch": 1}]}}),
     "not text": b"\xff\xfe".decode("latin1"),
     "another schema": {"schema": "dyncore.tune/0"},
@@ -136,11 +138,11 @@ BAD = {
     "another machine": document(machine=break_even.machine() | {"cpu": "Z80"}),
     "other kernels": document(machine=break_even.machine() | {"dyncore": "0.0.1"}),
     "no cells": document(threads={"1": {}}),
-    "a dtype that is none": document(threads={"1": {"executors": [], "masked": [
+    "a dtype that is none": document(threads={"1": {"executors": [], "dense": [], "masked": [
         {"op": "grouped_mlp", "dtype": "nn", "rows": 1, "weights": 1, "density": 1.0}]}}),
-    "a rate of 0": document(threads={"1": {"masked": [], "executors": [
+    "a rate of 0": document(threads={"1": {"masked": [], "dense": [], "executors": [
         {"op": "grouped_mlp", "dtype": "float32", "rows": 1, "weights": 1, "ours": 0, "torch": 1}]}}),
-    "a size of 0": document(threads={"1": {"masked": [], "executors": [
+    "a size of 0": document(threads={"1": {"masked": [], "dense": [], "executors": [
         {"op": "grouped_mlp", "dtype": "float32", "rows": 0, "weights": 1, "ours": 1, "torch": 1}]}}),
 }  # fmt: skip
 
@@ -230,6 +232,7 @@ def test_tune_prints_and_writes_what_is_read_then(folder, capsys):
     cells = len(tune.OPS) * len(tune.DTYPES)
     assert len(record["executors"]) == 2 * cells
     assert len(record["masked"]) == cells
+    assert len(record["dense"]) == 2 * len(tune.DTYPES)
     assert all(cell["ours"] > 0 < cell["torch"] for cell in record["executors"])
     assert out.count("grouped_mlp ") == out.count("grouped_linear ") == 3 * cells // 2
     assert f"Written to {folder / 'tune.json'}" in out
@@ -239,7 +242,10 @@ def test_tune_prints_and_writes_what_is_read_then(folder, capsys):
 @needs_kernels
 def test_tune_keeps_what_was_measured_with_other_thread_counts_on_this_machine(folder):
     threads = torch.get_num_threads()
-    for others, kept in ((document(threads={"77": {"masked": [], "executors": []}}), True), ({"schema": "?"}, False)):
+    for others, kept in (
+        (document(threads={"77": {"masked": [], "executors": [], "dense": []}}), True),
+        ({"schema": "?"}, False),
+    ):
         write(folder, others)
         assert tune.run(TINY) == 0
         measured = json.loads((folder / "tune.json").read_text())["threads"]
@@ -269,6 +275,34 @@ def test_the_density_is_where_skipping_stops_being_faster(monkeypatch):
     assert masked([1.0, 2.0, 3.0], 2.0 / 1.05) == pytest.approx(0.75)
     assert masked([1.0, 2.0, 3.0], 2.5 / 1.05) == pytest.approx(0.875)
     assert masked([1.0, 2.0, 3.0], 0.5) == 0.5
+
+
+def test_the_density_of_non_zeros_is_where_lists_stop_being_faster(monkeypatch):
+    def dense(times, everything):
+        timings = dict(zip(map(str, tune._NONZEROS), times, strict=True)) | {"dense": everything}
+        made_up = {name: tune.Timing((round(ms * 1e6),)) for name, ms in timings.items()}
+        monkeypatch.setattr(tune, "_rounds", lambda *args: made_up)
+        return tune.dense_cell(torch.float32, 8, 16, 0.0)["density"]
+
+    assert dense([1.0, 2.0, 3.0, 4.0], 4.0) is None
+    assert dense([1.0, 2.0, 3.0, 4.0], 2.5) == pytest.approx(0.325)
+    assert dense([1.0, 2.0, 3.0, 4.0], 0.5) == 0.1
+
+
+def test_the_table_says_from_which_density_a_sparse_op_is_dense(folder):
+    def edge(rows, weight=BY_NEURON, device="cpu"):
+        return break_even.dense_from(device, "sparse_linear", rows, [weight])
+
+    assert edge(20) == edge(64) == break_even._DENSE_FROM[BF16]
+    break_even._tables, break_even._idle = None, False
+    write(folder, document())
+    assert edge(20) == 0.3
+    assert edge(320) == edge(1) == NEVER
+    row_major = WEIGHT[0]
+    assert edge(20, row_major) == edge(1, row_major) == 0.0
+    assert edge(320, row_major) == NEVER
+    assert edge(20, device="cuda") is None
+    assert edge(20, torch.empty(32, 32, dtype=torch.float64)) is None
 
 
 def test_tune_needs_torch_alone(tmp_path):

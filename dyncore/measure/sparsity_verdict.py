@@ -61,12 +61,13 @@ class Products:
             return torch.empty(shape, dtype=self.dtype, device="meta")
 
         if self.kind == "linear":
-            op, weights = "sparse_linear", [weight(self.outputs, self.neurons)]
+            op, weights = "sparse_linear", [weight(self.neurons, self.outputs).t()]
         else:
             halves = 2 if self.kind == "gated" else 1
             op = "sparse_mlp"
-            weights = [weight(halves * self.neurons, self.inputs), weight(self.outputs, self.neurons)]
-        return break_even.dense_from(self.device, op, rows, weights)
+            weights = [weight(halves * self.neurons, self.inputs), weight(self.neurons, self.outputs).t()]
+        edge = break_even.dense_from(self.device, op, rows, weights)
+        return 0.0 if edge is None else edge
 
     def record(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "dtype": str(self.dtype).removeprefix("torch.")}

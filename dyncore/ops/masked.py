@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dyncore.backends import cpu
 from dyncore.backends.reference import check_plan
 from dyncore.break_even import NEVER, masked_from
 from dyncore.break_even import dense_from as dense_break_even
@@ -36,8 +37,10 @@ def dense_from(op: str, x: Tensor, *weights: Tensor) -> float | None:
         return NEVER
     if name == "masked":
         return None
+    if x.is_cpu and not cpu.available:
+        return None
     device = "cpu" if x.is_cpu else x.device.type  # the latter takes 0.3 us
-    return dense_break_even(device, op, x.shape[0], weights) or None
+    return dense_break_even(device, op, x.shape[0], weights)
 
 
 def selection(plan: Plan, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -148,8 +148,19 @@ template <class T>
 inline void spread_values(const uint32_t* words, int64_t columns, const T* values, T* row) {
   int64_t at = 0;
   for (int64_t w = 0; w < panels_of(columns); ++w) {
+#if defined(__AVX512F__)
+    Row r;
+    for (int j = 0; j < NV; ++j) {
+      const uint32_t bits = words[w] >> (j * VL) & 0xffffu;
+      const int count = __builtin_popcount(bits);
+      r.v[j] = (vf)_mm512_maskz_expand_ps(static_cast<__mmask16>(bits), (__m512)load_some(values + at, count));
+      at += count;
+    }
+    store_row(row + w * NC, r, panel_width(columns, w * NC));
+#else
     store_row(row + w * NC, zero_row(), panel_width(columns, w * NC));
     for (uint32_t word = words[w]; word; word &= word - 1) row[w * NC + __builtin_ctz(word)] = values[at++];
+#endif
   }
 }
 
