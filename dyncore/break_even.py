@@ -81,10 +81,10 @@ class Table:
         return Table(masked, executors, self.dense)
 
 
-# Density of non-zeros from which a dense product is faster. Measured on Zen 4 with 2 threads at 64 and 512 rows, weights
-# [1024, 4096] from memory: float32 0.47 and 0.50, bfloat16 pairs 0.26 and 0.31, float16 0.46 and 0.56.
+# Density of non-zeros from which a dense product is faster. Measured on Zen 4 with 2 threads at 64 and 512 rows, with
+# weights [1024, 4096] from memory: float32 0.47 and 0.50, bfloat16 pairs 0.26 and 0.31, float16 0.46 and 0.56.
 _DENSE_FROM = {torch.float32: 0.45, torch.bfloat16: 0.28, torch.float16: 0.45}
-# Below so many rows, weights that are stored row by row are read, by a dense product, as fast as they can be transposed.
+# Below so many rows, weights stored row by row are read by a dense product as fast as they can be transposed.
 _FEW_ROWS = 49
 
 

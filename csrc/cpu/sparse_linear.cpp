@@ -55,8 +55,9 @@ void run(const SparseLinear& op) {
                {static_cast<const T*>(op.h.data), op.h.stride, nullptr},
                SkippingProduct<T>::block_rows(op.rows, op.k),
                false};
-  f.product = SkippingProduct<T>::plan(f.block_rows, few, false, op.k, weight_of_group<T>(op.weight, 0, false), op.bias,
-                                       op.n, static_cast<T*>(op.out), op.dense_from, op.threads);
+  f.product =
+      SkippingProduct<T>::plan(f.block_rows, few, false, op.h.stride, op.k, weight_of_group<T>(op.weight, 0, false),
+                               op.bias, op.n, static_cast<T*>(op.out), op.dense_from, op.threads);
   Scratch block(rounded_bytes(f.product.bytes()));
   f.product.place(block.take(f.product.bytes()));
   int threads = op.threads;
