@@ -61,7 +61,7 @@ void run(const SparseLinear& op) {
   Scratch block(rounded_bytes(f.product.bytes()));
   f.product.place(block.take(f.product.bytes()));
   int threads = op.threads;
-  if (op.rows * op.k <= kSearchedAlone) {
+  if (op.rows * op.k <= kSearchedAlone && op.rows <= f.block_rows) {
     const Team alone{0, 1};
     find(f, 0, op.rows, alone);
     f.product.choose(0, op.rows);

@@ -207,7 +207,7 @@ def _dense_backward(
     db_out: Tensor | None,
 ) -> None:
     """Gradients by grouped_mlp of one group, which writes weights' row by row, but that of w_out by neuron, too."""
-    by_neuron = _by_neuron(w_out)
+    by_neuron = dw_out is not None and _by_neuron(dw_out)  # an expanded w_out may be when its gradient is not
     rows_in = None if dw_in is None or dw_in.is_contiguous() else dw_in.new_empty(dw_in.shape)
     outputs = [dw_in if rows_in is None else rows_in, dw_out.t() if dw_out is not None and by_neuron else dw_out]
     weights = [None if g is None else g[None] for g in (*outputs, db_in, db_out)]

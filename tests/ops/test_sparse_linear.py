@@ -76,6 +76,12 @@ def test_nothing_to_compute(dtype, size):
     assert torch.equal(found[2], torch.full_like(p["bias"], size[0]))
 
 
+def test_more_rows_of_nothing_than_a_block_has():
+    with dc.execution("sparse"):
+        out = dc.sparse_linear(torch.empty(2**24 + 100, 0), torch.empty(1, 0), torch.ones(1))
+    assert bool((out == 1).all())
+
+
 @pytest.mark.parametrize("mode", ["sparse", "auto"])
 @pytest.mark.parametrize("density", [0.05, 0.2, 0.6])
 @pytest.mark.parametrize(

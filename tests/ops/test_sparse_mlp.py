@@ -123,6 +123,29 @@ def test_strided_and_expanded_inputs_and_gradients(dtype, activation):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_an_expanded_output_weight(activation, mode):
+    p = problem(9, 12, 40, activation)
+    column, rows = torch.randn(12, 1), torch.randn(1, 40)
+    for w_out in (column.expand(12, 40), rows.expand(12, 40)):
+        p["w_out"] = w_out.detach().requires_grad_()
+        check(p, activation, mode)
+
+
+@pytest.mark.parametrize("save", SAVE)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_width_of_nothing_has_no_gradient_of_the_hidden_bias(activation, save):
+    inner, wide = 64, 128 if activation == "reglu" else 64
+    b_in = torch.ones(wide, requires_grad=True)
+    x, w_in, w_out = torch.empty(40, 0), torch.empty(wide, 0), torch.empty(0, inner)
+    with dc.execution("sparse"):
+        run(problem(40, 64, 64, activation), activation)  # memory for the next call, which is not zero
+        out = dc.sparse_mlp(x, w_in, w_out, b_in, activation=activation, save=save)
+    out.sum().backward()
+    assert not b_in.grad.any()
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("save", SAVE)
 @pytest.mark.parametrize("wanted", NAMES)
 def test_one_gradient_alone(wanted, save, mode):
