@@ -82,13 +82,14 @@ def _parser() -> argparse.ArgumentParser:
     env.add_argument("--json", action="store_true", help="as JSON, for a bug report")
     bench = commands.add_parser(
         "bench",
-        help="measure token skipping and mixture of experts against dense and naive PyTorch",
+        help="measure token skipping, mixture of experts and ReLU sparsity against dense and naive PyTorch",
         description="Measures dyncore against dense and naive PyTorch, in interleaved rounds, after checking that all "
         "give the same numbers. Prints a table; writes results.json, plots and index.html. Ctrl-C keeps what was "
         "measured.",
         epilog="examples: dyncore bench --quick | dyncore bench moe --full --dtype bf16 --threads 1 --out results",
     )
-    bench.add_argument("names", nargs="*", metavar="name", help="token-skipping, moe (default: both)")
+    names = "token-skipping, moe, relu-down, relu-mlp, reglu-mlp (default: all)"
+    bench.add_argument("names", nargs="*", metavar="name", help=names)
     size = bench.add_mutually_exclusive_group()
     size.add_argument("--quick", dest="size", action="store_const", const="quick", help="under 4 minutes (default)")
     size.add_argument("--full", dest="size", action="store_const", const="full", help="more shapes, dtypes and rounds")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import dyncore as dc
-from dyncore.bench import MECHANISMS, moe, points, token_skipping
+from dyncore.bench import MECHANISMS, moe, points, relu_sparsity, token_skipping
 from dyncore.bench.contest import Contest, Point, Variant, check, measure
 from dyncore.bench.routing import load_routing
 from dyncore.measure import read_results
@@ -24,6 +24,7 @@ from dyncore.bench import page, plots, run, table
 
 environment = importlib.import_module("dyncore.measure.environment")  # the name in dyncore.measure is the function
 
+RELU = ("relu-down", "relu-mlp", "reglu-mlp")
 QUICK = {"seconds": 0, "min_rounds": 2}
 
 
@@ -31,7 +32,8 @@ QUICK = {"seconds": 0, "min_rounds": 2}
 def small_caches():
     """Few copies of cold weights, so that tests of many points stay small."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dyncore.measure.timing.last_level_cache", lambda: 2**16)
+        for module in ("dyncore.measure.timing", "dyncore.bench.relu_sparsity"):
+            patch.setattr(f"{module}.last_level_cache", lambda: 2**16)
         yield
 
 
@@ -58,10 +60,16 @@ def test_the_quick_sweep_holds_what_it_promises():
     assert any("digits" in label and "moe" in label for label in labels)
     assert any("digits" in label and "token-skipping" in label for label in labels)
     assert any("forward+backward" in label for label in labels)
+    for keep in ("1", "0.5", "0.2", "0.1", "0.05", "0.01"):
+        assert f"relu-down uniform T=1 I=4096 N=1024 bfloat16 keep={keep} forward" in labels
+        assert f"relu-mlp uniform T=512 H=512 I=2048 float32 keep={keep} forward+backward" in labels
+    assert "relu-mlp beta T=1 H=1024 I=4096 float32 keep=0.1 forward" in labels
 
 
 def test_flops_of_records_are_the_hand_counts(records):
     for record in records:
+        if record["mechanism"] in RELU:
+            continue
         s, factor = record["shape"], 3 if record["phase"] == "forward+backward" else 1
         slots = record["keep_ratio"] * s["T"] * s.get("E", 1)
         per_slot = 2 * s["H"] * s["I"] * (3 if record["mechanism"] == "moe" else 2)
@@ -69,11 +77,32 @@ def test_flops_of_records_are_the_hand_counts(records):
         assert record["flops"]["dense"] == factor * s["T"] * s.get("E", 1) * per_slot
 
 
+def test_flops_of_relu_points_are_those_of_neurons_that_are_on(small_caches):
+    for mechanism, products in (("relu-down", (0, 1, 1, 1)), ("relu-mlp", (1, 1, 2, 4)), ("reglu-mlp", (1, 2, 3, 6))):
+        for backward in (False, True):
+            point = relu_sparsity.synthetic(mechanism, "uniform", 24, 32, 64, torch.float32, 0.25, backward=backward)
+            contest = point.build()
+            args = (*contest.inputs[0], *contest.variants["dyncore"].weights)
+            with torch.no_grad():
+                h = (
+                    args[0]
+                    if mechanism == "relu-down"
+                    else torch.nn.functional.linear(args[0], args[1][:64], args[2][:64])
+                )
+            on, everything = int((h > 0).sum()), h.numel()
+            made, skipping, dense, in_backward = products
+            expected = made * everything + skipping * on
+            if backward:
+                expected += in_backward * on + (everything if mechanism == "relu-down" else 0)
+            assert contest.flops("dyncore") == 2 * 32 * expected
+            assert contest.flops("dense") == 2 * 32 * everything * dense * (3 if backward else 1)
+
+
 def test_ratios_of_records_follow_from_their_medians(records):
     for record in records:
         ms = {name: variant["median_ms"] for name, variant in record["variants"].items()}
         assert record["wall_clock_speedup"] == pytest.approx(ms["dense"] / ms["dyncore"])
-        assert record["against"]["naive"] == pytest.approx(ms["naive"] / ms["dyncore"])
+        assert record["against"] == pytest.approx({n: t / ms["dyncore"] for n, t in ms.items() if n != "dyncore"})
         assert record["flop_speedup"] == pytest.approx(record["flops"]["dense"] / record["flops"]["executed"])
         assert record["se"] == pytest.approx(record["wall_clock_speedup"] / record["flop_speedup"])
         assert all(len(v["samples_ns"]) >= 2 for v in record["variants"].values())
@@ -180,11 +209,11 @@ def test_the_loop_and_the_dense_rival_of_moe_are_the_same_function():
 
 def test_plots_are_images_and_the_page_needs_no_network(records, tmp_path):
     written = plots.write_plots(tmp_path, records)
-    assert set(written) == {name + theme for name in ("speedup", "keep", "moe") for theme in ("", "-dark")}
+    assert set(written) == {name + theme for name in ("speedup", "keep", "moe", "relu") for theme in ("", "-dark")}
     assert all((tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in written)
     results = {"records": records, "errors": [], "interrupted": False, "command": "dyncore bench", "created": "now"}
     text = page.page(results | {"environment": dc.measure.environment()}, written)
-    assert len(re.findall(r'"data:image/png;base64,[^"]{1000,}"', text)) == 6
+    assert len(re.findall(r'"data:image/png;base64,[^"]{1000,}"', text)) == 8
     assert not re.findall(r"https?://", text)
     assert text.count("<tr>") == len(records) + 1
     assert "prefers-color-scheme: dark" in text
@@ -229,7 +258,7 @@ def test_ratios_of_samples_that_spread_widely_are_marked(records, noisy, marked)
     row = dict(zip(table.COLUMNS, table.cells(record), strict=True))
     assert row["time x"].endswith("~") == row["SE"].endswith("~") == (marked in ("both", "dense"))
     assert row["vs naive"].endswith("~") == (marked in ("both", "naive"))
-    assert "~: samples of either side spread by more than 30%" in str(table.render([record]).caption)
+    assert "~: samples of either side spread by more than 30%" in str(table.render([record])[-1].caption)
     results = {"records": [record], "errors": [], "interrupted": False, "command": "dyncore bench", "created": "now"}
     assert f">{row['time x']}</td>" in page.page(results | {"environment": dc.measure.environment()}, {})
 
@@ -253,6 +282,33 @@ def test_a_busy_or_oversubscribed_machine_is_named_at_the_start_under_the_table_
     assert all(f"Warning: {warning}" in text for warning in results["warnings"])
 
 
+def test_each_mechanism_has_a_table_without_the_columns_that_are_empty_there(records):
+    tables = table.render(records)
+    assert [t.title for t in tables] == list(MECHANISMS)
+    headings = {t.title: [str(column.header).replace("\n", " ") for column in t.columns] for t in tables}
+    assert "vs grouped_mm" in headings["moe"]
+    assert "vs CSR" not in headings["moe"]
+    assert "vs CSR" in headings["relu-mlp"]
+    assert sum(t.row_count for t in tables) == len(records)
+
+
+def relu_panel(records, speedups):
+    """What the plot of ReLU sparsity says of curves with these speed-ups over dense at 0%, 50%, 90% zeros."""
+    curve = []
+    for keep, speedup in zip((1.0, 0.5, 0.1), speedups, strict=True):
+        of = [r for r in records if r["mechanism"] == "relu-mlp" and r["shape"]["T"] == 1 and r["keep_ratio"] == keep]
+        curve.append({**of[0], "wall_clock_speedup": speedup})
+    axes = plots.relu_plot(curve, "").axes[0]
+    vertical = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"]
+    return axes.get_title().split(": ")[1], vertical
+
+
+def test_the_relu_plot_marks_from_how_many_zeros_on_we_are_faster(records):
+    assert relu_panel(records, (0.5, 1.0, 4.0)) == ("faster than dense from 50% zeros on", [pytest.approx(0.5)])
+    assert relu_panel(records, (1.1, 1.2, 4.0)) == ("faster than dense at each point", [])
+    assert relu_panel(records, (0.2, 0.3, 0.9)) == ("slower than dense at each point", [])
+
+
 def keep_labels(records, dense_ms):
     """What the plot of time against keep ratio says of curves whose dyncore takes 1, 2 and 3 ms."""
     curve = []
@@ -273,7 +329,7 @@ def test_a_break_even_is_drawn_where_the_curves_cross_alone(records):
 
 
 def test_the_table_and_the_top_of_the_page_say_what_the_rivals_are(records):
-    (line,) = [line for line in str(table.render(records).caption).splitlines() if line.startswith("dense: ")]
+    (line,) = [line for line in str(table.render(records)[-1].caption).splitlines() if line.startswith("dense: ")]
     assert all(f"{heading}: " in line for heading in ("dense", "naive", "grouped_mm", "equal FLOPs"))
     results = {"records": records, "errors": [], "interrupted": False, "command": "dyncore bench", "created": "now"}
     text = page.page(results | {"environment": dc.measure.environment()}, {})

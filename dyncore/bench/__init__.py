@@ -1,7 +1,7 @@
 """dyncore.bench: the main job, `dyncore bench`: mechanisms against their rivals, on synthetic and on recorded input.
 
-Floor 5. Points are described in one file a mechanism (token_skipping.py, moe.py), checked and timed in contest.py,
-swept in run.py and shown by table.py, plots.py and page.py. The last three need the extra dyncore[bench].
+Floor 5. Points are described in token_skipping.py, moe.py and relu_sparsity.py, checked and timed in contest.py, swept
+in run.py and shown by table.py, plots.py and page.py. The last three need the extra dyncore[bench].
 """
 
 from __future__ import annotations
@@ -10,12 +10,18 @@ from collections.abc import Sequence
 
 import torch
 
-from dyncore.bench import moe, token_skipping
+from dyncore.bench import moe, relu_sparsity, token_skipping
 from dyncore.bench.contest import Contest, Point, Variant, measure
 
 __all__ = ["MECHANISMS", "Contest", "Point", "Variant", "measure", "points"]
 
-MECHANISMS = {module.NAME: module.points for module in (token_skipping, moe)}
+MECHANISMS = {
+    token_skipping.NAME: token_skipping.points,
+    moe.NAME: moe.points,
+    relu_sparsity.DOWN: relu_sparsity.down_points,
+    relu_sparsity.MLP: relu_sparsity.mlp_points,
+    relu_sparsity.GATED: relu_sparsity.gated_points,
+}
 
 
 def points(names: Sequence[str] = (), size: str = "quick", dtype: torch.dtype | None = None) -> list[Point]:

@@ -131,6 +131,7 @@ class Point:
         mechanism, input, shape, dtype, keep_ratio, backward: as in the record.
         build: makes the contest; tensors are allocated there and freed after the point.
         work: rough GFLOP of one round of all variants, for the progress bar.
+        share: of the seconds that a point is timed for; below 1 where a curve has many points of little noise.
     """
 
     mechanism: str
@@ -141,6 +142,7 @@ class Point:
     build: Callable[[], Contest]
     backward: bool = False
     work: float = 0.0
+    share: float = 1.0
 
     def __str__(self) -> str:
         shape = " ".join(f"{letter}={size}" for letter, size in self.shape.items())
@@ -152,19 +154,27 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _same_function(a: Variant, b: Variant) -> bool:
+    """Whether one truth serves both: their weights may be stored differently."""
+    if a.truth is not b.truth or len(a.weights) != len(b.weights):
+        return False
+    return all(x is y or (x.dtype == y.dtype and torch.equal(x, y)) for x, y in zip(a.weights, b.weights, strict=True))
+
+
 def check(contest: Contest) -> tuple[Contest, dict[str, str], dict[str, str]]:
     """The contest without the rivals that cannot run or are wrong, and (wrong {name: why}, unavailable {name: why}).
 
     An exception in dyncore or dense is an error; in another rival it means that PyTorch does not offer it here.
     """
     wrong, unavailable = {}, {}
-    truths: dict[Any, list[Tensor]] = {}
+    truths: list[tuple[Variant, list[Tensor]]] = []
     for name, variant in contest.variants.items():
-        key = variant.truth, id(variant.weights)  # most variants share it
-        if key not in truths:
-            truths[key] = contest.truth(name)
+        truth = next((truth for known, truth in truths if _same_function(known, variant)), None)
+        if truth is None:  # most variants share it
+            truth = contest.truth(name)
+            truths.append((variant, truth))
         try:
-            problem = contest.problem(name, truths[key])
+            problem = contest.problem(name, truth)
         except Exception as error:  # whatever a rival raises, the others still run
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             (wrong if name in (OURS, DENSE) else unavailable)[name] = reason
@@ -183,6 +193,7 @@ def measure(point: Point, *, seconds: float, min_rounds: int = 5) -> tuple[dict[
     if OURS in wrong or DENSE in wrong:
         return None, errors
     timer = contest.timer(list(contest.variants))
+    seconds *= point.share
     timings = timer.run(seconds=seconds, min_rounds=min_rounds, limit=_PATIENCE * seconds)
     return make_record(point, contest, {n: t.record() for n, t in timings.items()}, unavailable), errors
 

@@ -38,7 +38,8 @@ class Options:
 
 def _expected_seconds(point: Point, options: Options) -> float:
     """Rough, at 100 GFLOP/s: rounds and a warm-up, and the check in float64. The time left is scaled by what passed."""
-    return 0.3 + max(options.seconds, (options.min_rounds + 1) * point.work / 100) + point.work / 50
+    timing = max(options.seconds * point.share, (options.min_rounds + 1) * point.work / 100)
+    return 0.3 + timing + point.work / 50
 
 
 def sweep(chosen: Sequence[Point], folder: Path, options: Options, console: Console) -> dict:
@@ -83,7 +84,8 @@ def run(options: Options) -> int:
     results = sweep(chosen, folder, options, log)
     if results["records"]:
         write_page(folder, results, write_plots(folder, results["records"]))  # first: a reader of the output may leave
-        out.print(render(results["records"]))
+        for table in render(results["records"]):
+            out.print(table)
         for sentence in summary(results):
             out.print(sentence, highlight=False, soft_wrap=True)
         for warning in results["warnings"]:

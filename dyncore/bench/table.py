@@ -1,4 +1,4 @@
-"""Records as people read them: one line while the sweep runs, one table after it, and sentences that sum it up."""
+"""Records as people read them: a line while the sweep runs, a table a mechanism after it, sentences that sum it up."""
 
 from __future__ import annotations
 
@@ -13,15 +13,22 @@ _NOISY_ABOVE = 0.3
 SPREAD = f"{NOISY}: samples of either side spread by more than {_NOISY_ABOVE:.0%} (interquartile range over median)"
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 RIVALS = {  # record name -> (heading, what it is)
-    "dense": ("dense", "the same layer without skipping; for MoE, every expert on every row"),
-    "naive": ("naive", "PyTorch as one writes it: index_select, linear, index_add; for MoE, a loop over the experts"),
+    "dense": ("dense", "the same layer in PyTorch without skipping; for MoE, every expert on every row"),
+    "naive": (
+        "naive",
+        "PyTorch as one writes it: index_select, linear, index_add; for MoE, a loop over the experts; for ReLU, "
+        "index_select of the neurons that are on in some row",
+    ),
     "grouped_mm": ("grouped_mm", "torch.nn.functional.grouped_mm on gathered rows"),
     "equal_flops": ("equal FLOPs", "a static dense MLP of equal active FLOPs, another function"),
+    "csr": ("CSR", "torch.sparse: the activations compressed on each call, and its product with the weights"),
+    "own": ("own dense", "dyncore's own kernels with nothing skipped"),
 }
 
 RIVALS_LINE = (
-    "dense: nothing skipped (MoE: every expert); naive: index_select, linear, index_add (MoE: a loop over experts); "
-    "grouped_mm: torch's own; equal FLOPs: a static MLP of equal FLOPs"
+    "dense: nothing skipped (MoE: every expert); naive: index_select, linear, index_add (MoE: a loop over experts; "
+    "ReLU: the neurons that are on in some row); grouped_mm: torch's own; equal FLOPs: a static MLP of equal FLOPs; "
+    "CSR: torch.sparse; own dense: dyncore, nothing skipped"
 )
 
 
@@ -101,28 +108,45 @@ COLUMNS = [
 ]
 
 
-def render(records: list[dict[str, Any]]) -> Table:
-    """A table of all records: FLOPs x, time x and SE are against dense; "vs" are wall-clock speed-ups."""
-    caption = "FLOPs x, time x: speed-ups against dense; SE = time x / FLOPs x; vs: wall-clock speed-up against a rival"
-    caption += f"\n{RIVALS_LINE}\n{SPREAD}"
-    table = Table(caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for i, column in enumerate(COLUMNS):
+_TEXTS = ("input", "shape", "dtype", "pass")
+_SPEEDUPS = ("time x", *(column for column in COLUMNS if column.startswith("vs ")))
+
+
+def _shown(column: str, text: str) -> str:
+    """A cell; speed-ups: at a glance, which are gains."""
+    if column not in _SPEEDUPS or text == "-":
+        return text
+    return f"[{'green' if float(text.rstrip(NOISY)) >= 1 else 'red'}]{text}[/]"
+
+
+def _table(mechanism: str, records: list[dict[str, Any]]) -> Table:
+    rows = [dict(zip(COLUMNS, cells(record), strict=True)) for record in records]
+    columns = [name for name in COLUMNS if name != "mechanism" and any(row[name] != "-" for row in rows)]
+    table = Table(title=mechanism, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in columns:
         # headings are broken at spaces; a narrow terminal breaks shapes too, never a number
-        heading = column.replace(" ", "\n")
+        is_shape = column == "shape"
         table.add_column(
-            heading, justify="left" if i < 5 else "right", no_wrap=i != 2, min_width=14 if i == 2 else None
+            column.replace(" ", "\n"),
+            justify="left" if column in _TEXTS else "right",
+            no_wrap=not is_shape,
+            min_width=14 if is_shape else None,
         )
-    previous = None
-    for record in records:
-        if previous not in (None, record["mechanism"]):
-            table.add_section()
-        previous = record["mechanism"]
-        row = cells(record)
-        for i in [12, *range(14, len(row))]:  # speed-ups: at a glance, which are gains
-            if row[i] != "-":
-                row[i] = f"[{'green' if float(row[i].rstrip(NOISY)) >= 1 else 'red'}]{row[i]}[/]"
-        table.add_row(*row)
+    for row in rows:
+        table.add_row(*(_shown(column, row[column]) for column in columns))
     return table
+
+
+def render(records: list[dict[str, Any]]) -> list[Table]:
+    """A table of each mechanism, without the columns that are empty there; the last one's caption explains them.
+
+    FLOPs x, time x and SE are against dense; "vs" are wall-clock speed-ups.
+    """
+    mechanisms = dict.fromkeys(record["mechanism"] for record in records)
+    tables = [_table(name, [r for r in records if r["mechanism"] == name]) for name in mechanisms]
+    caption = "FLOPs x, time x: speed-ups against dense; SE = time x / FLOPs x; vs: wall-clock speed-up against a rival"
+    tables[-1].caption = f"{caption}\n{RIVALS_LINE}\n{SPREAD}"
+    return tables
 
 
 def one_line(record: dict[str, Any]) -> str:
