@@ -90,7 +90,7 @@ void save(Forward<T>& f, int64_t first, int64_t rows, const Team& team) {
   const int64_t end = rows * (team.index + 1) / team.size, words = panels_of(op.i);
   for (int64_t r = rows * team.index / team.size; r < end; ++r) {
     T* hidden = f.hidden.row(r);
-    if (op.saved.row_offsets) {
+    if (op.saved.row_offsets && words > 0) {
       const uint32_t* bits = f.product.words.row(r);
       std::memcpy(op.saved.mask + (first + r) * words, bits, words * sizeof(uint32_t));
       choose_values(bits, op.i, hidden, static_cast<T*>(op.saved.values) + op.saved.row_offsets[first + r]);

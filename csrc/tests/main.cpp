@@ -1,11 +1,13 @@
 // Every kernel of every instruction set that this machine has, at odd sizes, against plain loops in double. Built with
-// sanitizers by `make sanitize`.
+// sanitizers by `make sanitize`. With arguments: the parts that are named alone.
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <cstring>
 
 #include "tests/tests.h"
 
-int main() {
+int main(int argc, char** argv) {
   using namespace dyncore::tests;
   struct Part {
     const char* name;
@@ -17,8 +19,13 @@ int main() {
                         {"rows", test_rows},
                         {"grouped_linear", test_grouped_linear},
                         {"grouped_mlp", test_grouped_mlp},
+                        {"compressed", test_compressed},
+                        {"sparse_linear", test_sparse_linear},
+                        {"sparse_mlp", test_sparse_mlp},
                         {"concurrent calls", test_concurrent_calls}};
   for (const Part& part : parts) {
+    const auto named = [&](const char* name) { return std::strcmp(name, part.name) == 0; };
+    if (argc > 1 && std::none_of(argv + 1, argv + argc, named)) continue;
     const auto start = std::chrono::steady_clock::now();
     part.run();
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;

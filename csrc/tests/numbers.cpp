@@ -18,15 +18,6 @@ Format format_of(Dtype dtype) {
   return {dtype == Dtype::float32 ? 23 : 7, -126, 127};
 }
 
-// To nearest, ties to even.
-double rounded(double x, Dtype dtype) {
-  if (x == 0.0 || !std::isfinite(x)) return x;
-  const Format f = format_of(dtype);
-  const double unit = std::ldexp(1.0, std::max(std::ilogb(x), f.least) - f.mantissa);
-  const double result = std::nearbyint(x / unit) * unit;
-  return std::abs(result) < std::ldexp(2.0, f.greatest) ? result : std::copysign(HUGE_VAL, x);
-}
-
 void encode(double x, Dtype dtype, char* to) {
   const float value = static_cast<float>(rounded(x, dtype));
   uint32_t bits;
@@ -103,6 +94,14 @@ void compare(const std::string& what, const Dense& got, const Dense& want, doubl
 
 }  // namespace
 
+double rounded(double x, Dtype dtype) {
+  if (x == 0.0 || !std::isfinite(x)) return x;
+  const Format f = format_of(dtype);
+  const double unit = std::ldexp(1.0, std::max(std::ilogb(x), f.least) - f.mantissa);
+  const double result = std::nearbyint(x / unit) * unit;
+  return std::abs(result) < std::ldexp(2.0, f.greatest) ? result : std::copysign(HUGE_VAL, x);
+}
+
 const char* name_of(Dtype dtype) {
   return dtype == Dtype::float32 ? "float32" : dtype == Dtype::bfloat16 ? "bfloat16" : "float16";
 }
@@ -122,6 +121,15 @@ double Random::normal() {
   double sum = 0.0;
   for (int i = 0; i < 12; ++i) sum += std::ldexp(static_cast<double>(next() >> 32), -32);
   return sum - 6.0;
+}
+
+Dense turned(const Dense& d, int64_t groups) {
+  const int64_t n = d.width, k = groups == 0 ? 0 : d.rows / groups;
+  Dense t(groups * n, k);
+  for (int64_t g = 0; g < groups; ++g)
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < k; ++j) t(g * n + i, j) = d(g * k + j, i);
+  return t;
 }
 
 Dense random_dense(Random& random, int64_t rows, int64_t width, Dtype dtype, double size) {
@@ -168,11 +176,7 @@ Dense Image::read() const {
 WeightImage::WeightImage(const Dense& values, int64_t groups, Dtype dtype, Layout layout) {
   const int64_t n = values.rows / groups, k = values.width;
   if (layout == Layout::outputs_adjacent) {
-    Dense turned(groups * k, n);
-    for (int64_t g = 0; g < groups; ++g)
-      for (int64_t i = 0; i < n; ++i)
-        for (int64_t j = 0; j < k; ++j) turned(g * k + j, i) = values(g * n + i, j);
-    image_ = Image(turned, dtype);
+    image_ = Image(turned(values, groups), dtype);
     stride_g_ = n * k, stride_n_ = 1, stride_k_ = n;
   } else {
     image_ = Image(values, dtype, layout == Layout::gaps ? 3 : 0);

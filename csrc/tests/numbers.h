@@ -13,6 +13,9 @@ constexpr Dtype kDtypes[] = {Dtype::float32, Dtype::bfloat16, Dtype::float16};
 const char* name_of(Dtype dtype);
 int64_t bytes_of(Dtype dtype);
 
+// To the nearest number that the dtype has, ties to even.
+double rounded(double x, Dtype dtype);
+
 // The same numbers on every machine.
 class Random {
  public:
@@ -34,6 +37,9 @@ struct Dense {
   double& operator()(int64_t r, int64_t c) { return values[static_cast<size_t>(r * width + c)]; }
   double operator()(int64_t r, int64_t c) const { return values[static_cast<size_t>(r * width + c)]; }
 };
+
+// [G * N, K] of [G * K, N].
+Dense turned(const Dense& d, int64_t groups = 1);
 
 // Normal numbers times `size`, which the dtype holds exactly.
 Dense random_dense(Random& random, int64_t rows, int64_t width, Dtype dtype, double size = 1.0);

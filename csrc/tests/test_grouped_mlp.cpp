@@ -154,22 +154,27 @@ void forward(const std::string& name, const Case& c, const Problem& p, const Den
 void backward(const std::string& name, const Case& c, const Problem& p, const Gradients& want, unsigned needs) {
   const Image x(p.x, c.dtype, c.gap), b_out(p.b_out, c.dtype), grad(p.grad, c.dtype, c.gap), pre(p.pre, c.dtype);
   const WeightImage w_in(p.w_in, c.plan.groups, c.dtype, c.layout), w_out(p.w_out, c.plan.groups, c.dtype, c.layout);
+  const bool by_neuron = c.layout == Layout::outputs_adjacent;  // dw_out
   const auto make = [&](const Kernels& kernels, int threads) {
     Outputs out;
     for (const Dense* like : {&p.x, &p.w_in, &p.w_out, &p.b_in, &p.b_out})
       out.emplace_back(like->rows, like->width, c.dtype);
+    if (by_neuron) out[2] = Image(c.plan.groups * c.i(), c.h(), c.dtype);
     out.emplace_back(c.plan.capacity, 1, Dtype::float32);
     const auto wanted = [&](unsigned i) { return needs >> i & 1 ? out[i].data() : nullptr; };
     kernels.grouped_mlp_backward({c.plan.view(c.scaled), c.dtype, c.activation, c.h(), c.i(), grad.matrix(), x.matrix(),
                                   w_in.weight(), w_out.weight(), where(c.biased, b_out), pre.matrix(), wanted(0),
-                                  wanted(1), wanted(2), wanted(3), wanted(4), static_cast<float*>(wanted(5)), threads});
+                                  wanted(1), wanted(2), by_neuron, wanted(3), wanted(4), static_cast<float*>(wanted(5)),
+                                  threads});
     return out;
   };
   on_every_isa(name + " backward " + std::to_string(needs), make, [&](const Outputs& out) {
     const Dense* wants[] = {&want.x, &want.w_in, &want.w_out, &want.b_in, &want.b_out, &want.scale};
     const char* names[] = {"dx", "dw_in", "dw_out", "db_in", "db_out", "dscale"};
     for (unsigned i = 0; i < 6; ++i)
-      if (needs >> i & 1) expect_gradients(names[i], out[i].read(), *wants[i], c.dtype);
+      if (needs >> i & 1)
+        expect_gradients(names[i], i == 2 && by_neuron ? turned(out[i].read(), c.plan.groups) : out[i].read(),
+                         *wants[i], c.dtype);
   });
 }
 

@@ -11,6 +11,9 @@ void test_workspaces();
 void test_rows();
 void test_grouped_linear();
 void test_grouped_mlp();
+void test_compressed();
+void test_sparse_linear();
+void test_sparse_mlp();
 void test_concurrent_calls();
 
 constexpr int kThreads[] = {1, 3};

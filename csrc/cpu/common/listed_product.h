@@ -127,7 +127,7 @@ inline void sum_listed(const Lists<T>& lists, int64_t r0, int64_t r1, const Righ
 template <class T>
 inline void dot_lists(const Lists<T>& lists, int64_t s, int64_t r0, int64_t r1, const Left<T>& a, const Right<T>& b,
                       int64_t depth, float* dots, const int32_t* rows, T* panel) {
-  for (int64_t n = 0; n < depth; n += kDotColumns<T>) {
+  for (int64_t n = 0; n == 0 || n < depth; n += kDotColumns<T>) {
     const int64_t width = depth - n < kDotColumns<T> ? depth - n : kDotColumns<T>;
     const ListedRows<T> at = listed_rows(b, lists.segment_first[s], lists.segment_first[s + 1], n, width, panel);
     for (int64_t r = r0; r < r1; ++r)

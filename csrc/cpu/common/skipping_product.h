@@ -67,7 +67,9 @@ class SkippingProduct {
   }
   void place(void* at) {
     char* next = static_cast<char*>(at);
-    const auto put = [&](auto&... parts) { ((parts.place(next), next += rounded_bytes(parts.bytes())), ...); };
+    const auto put = [&](auto&... parts) {
+      ((parts.place(next), next += rounded_bytes(parts.bytes()), fence_end(next)), ...);
+    };
     put(words, counts, offsets_, segment_first_, index_, value_, used_, used_first_, sparse_rows_, dense_rows_, copies_,
         sums_, panels_, scratch_, sparse_items_, dense_items_);
   }

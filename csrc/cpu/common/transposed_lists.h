@@ -26,7 +26,9 @@ class TransposedLists {
   size_t bytes() const { return block_bytes(offsets_, segment_first_, index_, values_); }
   void place(void* at) {
     char* next = static_cast<char*>(at);
-    const auto put = [&](auto&... parts) { ((parts.place(next), next += rounded_bytes(parts.bytes())), ...); };
+    const auto put = [&](auto&... parts) {
+      ((parts.place(next), next += rounded_bytes(parts.bytes()), fence_end(next)), ...);
+    };
     put(offsets_, segment_first_, index_, values_);
   }
 
