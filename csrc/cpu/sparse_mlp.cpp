@@ -243,7 +243,6 @@ void run(const SparseMlp& op) {
                   block_bytes(f.x, f.hidden, f.up, f.dots, f.scratch, f.hidden_items, f.up_items));
   f.product.place(scratch.take(f.product.bytes()));
   place_in(scratch, f.x, f.hidden, f.up, f.dots, f.scratch, f.hidden_items, f.up_items);
-  if (f.dots && op.h == 0) std::memset(f.dots.data, 0, f.dots.bytes());  // of no columns, nothing writes them
   prefer_huge_pages(op.out, op.rows * op.h * sizeof(T));
   if (op.saved.row_offsets) op.saved.row_offsets[0] = 0;
   const int64_t rows = op.rows < f.block_rows ? op.rows : f.block_rows;

@@ -261,7 +261,6 @@ void run(const SparseMlpBackward& op) {
   place_in(scratch, b.offsets, b.segment_first, b.index, b.dots, b.values, b.transposed, b.dw_gate, b.dw_up, b.dw_out,
            b.dx_sums, b.bias_sums, b.panels, b.dot_items, b.transpose_items, b.dx_items, b.gate_items, b.up_items,
            b.out_items);
-  if (b.dots && op.h == 0) std::memset(b.dots.data, 0, b.dots.bytes());  // of no columns, nothing writes them
   if (op.rows == 0 && op.db_in) std::memset(b.bias_sums.data, 0, b.bias_sums.bytes());
   prefer_huge_pages(op.dx, op.rows * op.h * sizeof(T));
   prefer_huge_pages(in.data, width * op.h * sizeof(T));
