@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dyncore as dc
-from dyncore.bench import moe, token_skipping
+from dyncore.bench import moe, relu_sparsity, token_skipping
 from dyncore.bench.contest import Contest, Point, Variant
 from dyncore.measure.environment import last_level_cache
 
@@ -30,6 +30,7 @@ class Job:
         bytes: of weights that a call must read, None where that is not the question.
         calls: in one sample, for calls shorter than what a clock resolves; records say the time of one.
         min_rounds: fewer than five where a rival takes seconds.
+        saved: whether the bytes that a forward keeps for the backward are the question, too.
     """
 
     point: Point
@@ -37,6 +38,7 @@ class Job:
     bytes: int | None = None
     calls: int = 1
     min_rounds: int = 5
+    saved: bool = False
 
 
 def token() -> Iterator[Job]:
@@ -232,6 +234,32 @@ def overhead() -> Iterator[Job]:
     yield _plan_making(4096, 64, 2)
 
 
+# ReLU sparsity --------------------------------------------------------------------------------------------------------
+
+
+def relu() -> Iterator[Job]:
+    """The down product I=8192 -> 2048, the MLP around it at one row, and a training step, by share of neurons on."""
+    sizes, few, many = (2048, 8192), ("dense", "own", "naive", "csr"), ("dense", "own", "naive")
+    for dtype in (F32, BF16):
+        for rows in (1, 64, 512):
+            for keep in (1.0, 0.5, 0.1, 0.05, 0.01):
+                if (rows, keep) == (512, 0.01):
+                    continue  # no bar
+                # torch's CSR product of 512 rows takes seconds where half is on; at 95% it has lost by 3 and more
+                rivals = many if rows == 512 and keep > 0.1 else few
+                yield Job(relu_sparsity.synthetic("relu-down", "uniform", rows, *sizes, dtype, keep, rivals=rivals))
+        for mechanism in ("relu-mlp", "reglu-mlp"):
+            for keep in (0.2, 0.1, 0.05, 0.01):
+                yield Job(relu_sparsity.synthetic(mechanism, "uniform", 1, *sizes, dtype, keep, rivals=few))
+    for keep in (1.0, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05):
+        # at 90% with every rival: the slow ones take seconds
+        rivals = few if keep == 0.1 else ("dense",)
+        point = relu_sparsity.synthetic(
+            "relu-mlp", "uniform", 4096, 1024, 4096, F32, keep, backward=True, rivals=rivals, share=0
+        )
+        yield Job(point, min_rounds=3, saved=keep in (0.2, 0.1, 0.05))
+
+
 PARTS: dict[str, Callable[[], Iterator[Job]]] = {
     "token": token,
     "moe": moe_forward,
@@ -239,4 +267,5 @@ PARTS: dict[str, Callable[[], Iterator[Job]]] = {
     "stream": stream,
     "product": product,
     "overhead": overhead,
+    "relu": relu,
 }

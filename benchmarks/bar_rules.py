@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 Record = dict[str, Any]
@@ -158,6 +158,77 @@ def _over_indexed(r: Record) -> float | None:
     return against(r, "indexed")
 
 
+def saved_times_fewer(record: Record) -> float | None:
+    """One tensor [T, I] over what a forward keeps besides its inputs."""
+    kept = record.get("saved_bytes")
+    size = {"float32": 4, "bfloat16": 2}[record["dtype"]]
+    return None if kept is None else record["shape"]["T"] * record["shape"]["I"] * size / kept
+
+
+def _relu(mechanism: str, dtype: str | None = None, rows: int | None = None, keep: float | None = None, **limits: Any):
+    """Records of ReLU sparsity; `at_least` and `at_most` bound the keep ratio."""
+    phase, low, high = limits.get("phase", "forward"), limits.get("at_least", 0.0), limits.get("at_most", 1.0)
+
+    def over(r: Record) -> bool:
+        wanted = r["mechanism"] == mechanism and r["phase"] == phase and dtype in (None, r["dtype"])
+        return (
+            wanted
+            and rows in (None, r["shape"]["T"])
+            and keep in (None, r["keep_ratio"])
+            and low <= r["keep_ratio"] <= high
+        )
+
+    return over
+
+
+def _over_own(r: Record) -> float | None:
+    return against(r, "own")
+
+
+def _zeros(keep: float) -> str:
+    return f"{1 - keep:.0%}"
+
+
+# (rows, dtype, against own dense) -> {keep ratio: at least}
+_DOWN: dict[tuple[int, str, bool], dict[float, float]] = {
+    (1, "float32", False): {0.1: 10, 0.05: 18, 0.01: 40},
+    (1, "float32", True): {0.1: 7, 0.05: 12, 0.01: 30},
+    (1, "bfloat16", False): {0.1: 12, 0.05: 14, 0.01: 40},
+    (64, "float32", False): {0.1: 3.5, 0.05: 6, 0.01: 15},
+    (64, "bfloat16", False): {0.1: 1.6, 0.05: 2.7, 0.01: 6.7},
+    (512, "float32", False): {0.1: 3.8, 0.05: 6},
+    (512, "bfloat16", False): {0.1: 1.8, 0.05: 2.7},
+}
+
+
+def _down_bars() -> Iterator[Bar]:
+    for (rows, dtype, own), bounds in _DOWN.items():
+        short = {"float32": "fp32", "bfloat16": "bf16"}[dtype]
+        value, rival = (_over_own, "own dense") if own else (_over_dense, "dense")
+        for keep, bound in bounds.items():
+            text = f"ReLU down {short} T={rows}, {_zeros(keep)} zeros: >= {bound:g}x {rival}"
+            yield Bar(text, _relu("relu-down", dtype, rows, keep), value, bound)
+
+
+def _mlp_bars() -> Iterator[Bar]:
+    for mechanism, name, limit, bound in (
+        ("relu-mlp", "ReLU MLP", "2/(1+density)", 0.9),
+        ("reglu-mlp", "ReGLU MLP", "3/(1+2 density)", 0.85),
+    ):
+        over = _relu(mechanism, rows=1, at_most=0.2)
+        yield Bar(f"{name} T=1, 80-99% zeros: >= {bound} of {limit} over own dense", over, own_se, bound)
+        yield Bar(f"{name} T=1, 80-99% zeros: >= {bound} of {limit} over dense", over, _se, bound)
+
+
+def _training_bars() -> Iterator[Bar]:
+    for keep, bound in {0.2: 1.4, 0.1: 2.2, 0.05: 3.0}.items():
+        over = _relu("relu-mlp", keep=keep, phase=_BOTH)
+        yield Bar(f"ReLU MLP training, {_zeros(keep)} zeros: >= {bound:g}x dense", over, _over_dense, bound)
+    for keep, bound in {0.2: 4.0, 0.1: 7.0, 0.05: 11.0}.items():
+        over, times = _relu("relu-mlp", keep=keep, phase=_BOTH), f"{bound:g}x"
+        yield Bar(f"ReLU MLP saves >= {times} fewer bytes, {_zeros(keep)} zeros", over, saved_times_fewer, bound)
+
+
 _BOTH = "forward+backward"
 BARS = (
     Bar("token skipping: SE against dense, geometric mean >= 0.95", _token(), _se, 0.95, mean=True),
@@ -191,4 +262,9 @@ BARS = (
     Bar("plan making T=4096 E=64 k=2: <= 150 us", _is("overhead", "route"), microseconds, 150.0, at_most=True),
     Bar("call of select, tiny: <= 8 us", _is("overhead", "select"), microseconds, 8.0, at_most=True),
     Bar("call of grouped_mlp, tiny: <= 15 us", _is("overhead", "grouped_mlp"), microseconds, 15.0, at_most=True),
+    *_down_bars(),
+    Bar("ReLU down, 0-50% zeros: never below 0.97x dense", _relu("relu-down", at_least=0.5), _over_dense, 0.97),
+    *_mlp_bars(),
+    *_training_bars(),
+    Bar("ReLU MLP training: never below 0.97x dense", _relu("relu-mlp", phase=_BOTH), _over_dense, 0.97),
 )

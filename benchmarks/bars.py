@@ -27,12 +27,31 @@ from benchmarks.bar_rules import (
     of_plain_read,
     own_se,
     point_name,
+    saved_times_fewer,
 )
-from dyncore.bench.contest import OURS, measure
+from dyncore.bench.contest import OURS, Contest, measure
 from dyncore.measure.records import new_results, read_results, write_results
 
 DEFAULT = Path(__file__).parent / "results" / "bars.json"
 _MACHINE = ("cpu", "isa", "threads", "system")
+
+
+def saved_bytes(contest: Contest) -> int:
+    """Bytes of storages that our forward keeps for its backward, besides those of its inputs and weights."""
+    variant = contest.variants[OURS]
+    args = (*contest.inputs[0], *variant.weights)
+    given = {t.untyped_storage().data_ptr() for t in args}
+    kept: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = variant.run(*args)  # alive, and with it what it keeps: no storage is counted for another's address
+    assert out.requires_grad
+    return sum(size for start, size in kept.items() if start not in given)
 
 
 def run(job: Job, seconds: float) -> tuple[Record | None, list[dict[str, str]]]:
@@ -48,6 +67,8 @@ def run(job: Job, seconds: float) -> tuple[Record | None, list[dict[str, str]]]:
         torch.set_num_threads(before)
     if job.bytes is not None:
         record["bytes"] = job.bytes
+    if job.saved:
+        record["saved_bytes"] = saved_bytes(job.point.build())
     for variant in record["variants"].values():
         variant["median_ms"] /= job.calls
         variant["samples_ns"] = [round(sample / job.calls) for sample in variant["samples_ns"]]
@@ -61,6 +82,8 @@ def one_line(record: Record) -> str:
     if record["se"] is not None and record["keep_ratio"] < 1:
         own = own_se(record)
         words.append(f"SE {record['se']:.2f}" + (f", own SE {own:.2f}" if own is not None else ""))
+    if "saved_bytes" in record:
+        words.append(f"{saved_times_fewer(record):.1f}x fewer bytes saved")
     if "bytes" in record:
         words = [f"{bandwidth(record):.1f} GB/s, {of_plain_read(record):.2f} of a plain read"]
     if record["mechanism"] == "product":

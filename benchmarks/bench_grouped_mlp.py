@@ -5,6 +5,6 @@ import pytest
 from dyncore.bench import points
 
 
-@pytest.mark.parametrize("point", points(size="quick"), ids=str)
+@pytest.mark.parametrize("point", points(["token-skipping", "moe"]), ids=str)
 def test_grouped_mlp(contest, point):
     contest(point)

@@ -1,5 +1,6 @@
 """The bars: means, worst points and verdicts on made-up records; every part's jobs; pieces of a run put together."""
 
+import functools
 import json
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 
 from benchmarks import bar_points, bars
 from benchmarks.bar_rules import BARS, geometric_mean, judge, point_name
+from dyncore.bench import relu_sparsity
+from dyncore.bench.contest import Contest, Variant
 from dyncore.measure import read_results
 
 
@@ -26,7 +29,7 @@ def made_up(mechanism="token-skipping", *, T=512, keep=0.25, dtype="float32", ph
         "se": rivals["dense"] / ours * keep if "dense" in rivals else None,
         "variants": {name: {"median_ms": ms} for name, ms in {"dyncore": ours, **rivals}.items()},
     }
-    return record | {key: more[key] for key in ("bytes",) if key in more}
+    return record | {key: more[key] for key in ("bytes", "saved_bytes") if key in more}
 
 
 def verdict(start, records):
@@ -107,10 +110,70 @@ def test_products_are_judged_per_core_and_calls_in_microseconds():
     assert found.worst.startswith("overhead select T=9")
 
 
+def test_relu_bars_ask_each_share_of_zeros_for_its_own_speed_up():
+    times = {0.5: 1.0, 0.1: 9.9, 0.05: 18.0}
+    records = [made_up("relu-down", T=1, keep=keep, dense=x, own=7.0) for keep, x in times.items()]
+    found = verdict("ReLU down fp32 T=1, 90% zeros: >= 10x dense", records)
+    assert (found.value, found.met, found.points) == (pytest.approx(9.9), False, 1)
+    assert verdict("ReLU down fp32 T=1, 95% zeros: >= 18x dense", records).met
+    assert verdict("ReLU down fp32 T=1, 90% zeros: >= 7x own dense", records).met
+    assert verdict("ReLU down bf16 T=1, 90% zeros", records).value is None
+    found = verdict("ReLU down, 0-50% zeros: never below 0.97x dense", records)
+    assert (found.value, found.points) == (pytest.approx(1.0), 1)
+
+
+def test_a_mlp_at_one_row_is_held_against_what_skipping_alone_could_save():
+    record = made_up("relu-mlp", T=1, keep=0.1, dense=3.6, own=1.8) | {"flop_speedup": 2.0, "se": 1.8}
+    assert verdict("ReLU MLP T=1, 80-99% zeros: >= 0.9 of 2/(1+density) over own", [record]).value == pytest.approx(0.9)
+    assert verdict("ReLU MLP T=1, 80-99% zeros: >= 0.9 of 2/(1+density) over dense", [record]).value == 1.8
+    assert verdict("ReGLU MLP T=1, 80-99% zeros: >= 0.85 of 3/(1+2 density) over dense", [record]).value is None
+
+
+def test_training_is_judged_by_time_and_by_what_it_keeps():
+    shape = {"H": 1024, "I": 1000}
+    step = {"T": 100, "shape": shape, "phase": "forward+backward"}
+    records = [
+        made_up("relu-mlp", keep=1.0, dense=0.96, **step),
+        made_up("relu-mlp", keep=0.1, dense=2.3, saved_bytes=50_000, **step),
+        made_up("relu-mlp", keep=0.1, dense=9.0, T=1),
+    ]
+    assert verdict("ReLU MLP training, 90% zeros: >= 2.2x dense", records).value == pytest.approx(2.3)
+    found = verdict("ReLU MLP training: never below 0.97x dense", records)
+    assert (found.value, found.met, found.points) == (pytest.approx(0.96), False, 2)
+    found = verdict("ReLU MLP saves >= 7x fewer bytes, 90% zeros", records)
+    assert (found.value, found.met, found.points) == (pytest.approx(8.0), True, 1)
+    assert verdict("ReLU MLP saves >= 11x", records).value is None
+
+
+def test_saved_bytes_are_those_of_storages_besides_inputs():
+    def kept(scale, x, w):
+        y = (x * w) * scale  # x and w are given; the product, times something that needs a gradient, is kept
+        return y * y[:1]
+
+    given = torch.ones(1, requires_grad=True)
+    run = functools.partial(kept, given)
+    variant = Variant(run, run, (torch.ones(1, 64),))
+    contest = Contest({"dyncore": variant}, [(torch.ones(8, 64),)], backward=True, cold=False)
+    product, scaled, scale = 4 * 8 * 64, 4 * 8 * 64, 4
+    assert bars.saved_bytes(contest) == product + scaled + scale
+
+
+def test_a_training_step_keeps_a_bit_a_neuron_and_the_values_that_are_on():
+    point = relu_sparsity.synthetic("relu-mlp", "uniform", 64, 32, 256, torch.float32, 0.25, backward=True)
+    record, errors = bars.run(bar_points.Job(point, min_rounds=2, saved=True), 0.0)
+    assert not errors
+    contest = point.build()
+    (x,), (w_in, b_in, _) = contest.inputs[0], contest.variants["dyncore"].weights
+    on = int((torch.nn.functional.linear(x, w_in, b_in) > 0).sum())
+    assert record["saved_bytes"] == 64 * 256 // 8 + 4 * on + 8 * 65  # mask, values, row offsets
+    assert "fewer bytes saved" in bars.one_line(record)
+
+
 def test_every_job_falls_under_a_bar_and_has_a_name_of_its_own():
     jobs = {part: list(make()) for part, make in bar_points.PARTS.items()}
     assert {part: len(found) for part, found in jobs.items()} == {
         "token": 60, "moe": 46, "backward": 33, "stream": 12, "product": 6 * len({1, torch.get_num_threads()}), "overhead": 3,
+        "relu": 51,
     }  # fmt: skip
     names = [(str(job.point), job.threads) for found in jobs.values() for job in found]
     assert len(set(names)) == len(names)
