@@ -117,6 +117,8 @@ void test_sparse_linear() {
     run({260, 16500, 2, Dtype::float32, Pattern::mixed, layout, 0.3f, true, 0}, random);
     run({515, 32800, 1, Dtype::bfloat16, Pattern::little, layout, 0.3f, true, 0}, random);
   }
+  // Dense rows 4096 bytes apart, which are copied.
+  run({61, 1024, 40, Dtype::float32, Pattern::mixed, Layout::inputs_adjacent, 0.3f, false, 0}, random);
 }
 
 }  // namespace dyncore::tests
