@@ -236,9 +236,9 @@ void run(const SparseMlp& op) {
   if (f.gated) f.dots = {1, f.block_rows * op.i};
   f.scratch = TeamScratch::plan<T>(threads, op.h, f.block_rows);
   f.hidden_items = f.up_items = Items::plan(threads);
-  f.product = SkippingProduct<T>::plan(f.block_rows, f.few, f.packs, f.hidden.stride, op.i,
-                                       weight_of_group<T>(op.w_out, 0, false), op.b_out, op.h, static_cast<T*>(op.out),
-                                       op.dense_from, threads);
+  f.product =
+      SkippingProduct<T>::plan(f.block_rows, f.few, f.packs, false, op.i, weight_of_group<T>(op.w_out, 0, false),
+                               op.b_out, op.h, static_cast<T*>(op.out), op.dense_from, threads);
   Scratch scratch(rounded_bytes(f.product.bytes()) +
                   block_bytes(f.x, f.hidden, f.up, f.dots, f.scratch, f.hidden_items, f.up_items));
   f.product.place(scratch.take(f.product.bytes()));

@@ -15,6 +15,10 @@ from dyncore import activations
 from dyncore.backends import reference
 from dyncore.backends.cpu import ACTIVATION_CODES, native, new_int32, or_empty, serves, threads
 
+# Hidden elements that a call has room for; more are computed some rows after others. Room that is not written costs no
+# memory, but a system may refuse more of it than it has.
+_ROOM = 2**28
+
 
 @functools.lru_cache(maxsize=8)
 def _all_rows(rows: int) -> tuple[Tensor, Tensor, None, Tensor, Tensor]:
@@ -91,6 +95,14 @@ def _of_capacity(values: Tensor, count: int, capacity: int) -> Tensor:
     return buffer
 
 
+def _joined(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """What _sparse_mlp returns for all rows, from what it returned for some after some."""
+    out, mask, values, row_offsets, pre = zip(*parts, strict=True)
+    counts = torch.cat([offsets.diff() for offsets in row_offsets])
+    joined = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return torch.cat(out), torch.cat(mask), torch.cat(values, -1), joined, pre[0]
+
+
 def _sparse_mlp(
     x: Tensor,
     w_in: Tensor,
@@ -101,11 +113,17 @@ def _sparse_mlp(
     dense_from: float,
     save: str,
     capacity: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """(out, mask, values, row_offsets, pre), each empty where it is not asked for: out where there is no w_out."""
     rows, width = x.shape[0], w_in.shape[0]
     gated = activation in activations.GATED
+    if save not in ("none", "compressed", "dense"):
+        raise ValueError(f"save: expected none, compressed or dense, got {save!r}")
     out = None if w_out is None else x.new_empty(rows, w_out.shape[0])
+    at_once = max(1, _ROOM // max(1, width))
+    if save == "compressed" and capacity < 0 and rows > at_once:
+        weights = (w_in, w_out, b_in, b_out, activation, dense_from, save, capacity)
+        return _joined([_sparse_mlp(part, *weights) for part in x.split(at_once)])
     mask = values = row_offsets = None
     if save == "compressed":
         mask, values, row_offsets = _compressed_buffers(x, width // 2 if gated else width, gated)
@@ -147,7 +165,10 @@ def sparse_mlp(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if not serves(x):
         return reference.sparse_mlp(x, w_in, w_out, b_in, b_out, activation, dense_from, save, capacity)
-    return _sparse_mlp(x, w_in, w_out, b_in, b_out, activation, dense_from, save, capacity)
+    out, mask, values, row_offsets, pre = _sparse_mlp(
+        x, w_in, w_out, b_in, b_out, activation, dense_from, save, capacity
+    )
+    return out, mask, values, row_offsets, pre
 
 
 def _count(values: Tensor, row_offsets: Tensor, pre: Tensor, inner: int) -> int:

@@ -20,8 +20,8 @@ class SkippingProduct {
  public:
   // At most `rows` rows at a time, of `columns` elements; `few`: of one block with few rows, for operands whose listed
   // rows are read where they lie. `packs`: panel() is needed for another operand.
-  // `from_stride`: between the rows that list() and multiply() are given.
-  static SkippingProduct plan(int64_t rows, bool few, bool packs, int64_t from_stride, int64_t columns, Right<T> weight,
+  // `crowd`: rows lie so that dense ones are to be copied by list(), after which they may not change (row_copies.h).
+  static SkippingProduct plan(int64_t rows, bool few, bool packs, bool crowd, int64_t columns, Right<T> weight,
                               Matrix bias, int64_t width, T* out, float dense_from, int threads) {
     SkippingProduct p;
     p.few_ = few;
@@ -43,8 +43,8 @@ class SkippingProduct {
     p.used_first_ = {1, few ? segments + 1 : 0};
     p.sparse_rows_ = {1, rows};
     p.dense_rows_ = {1, rows};
-    const bool crowd = !kWidenRows<T> && MR > kL1Ways && from_stride * static_cast<int64_t>(sizeof(T)) % 4096 == 0;
-    if (crowd && !few && dense_from < 1) p.copies_ = {rows, workspace_stride(columns)};
+    if (crowd && !kWidenRows<T> && MR > kL1Ways && !few && dense_from < 1)
+      p.copies_ = {rows, workspace_stride(columns)};
     if (!kIsFloat<T>) p.sums_ = {rows, workspace_stride(width)};
     const int64_t panel = packs || weight.stride_n != 1 ? kSegment * kListedColumns<T> * sizeof(T) : 0;
     p.panels_ = {threads, static_cast<int64_t>(rounded_bytes(panel))};
