@@ -242,8 +242,8 @@ def dense_from(device: str, op: str, rows: int, weights: Sequence[Tensor]) -> fl
     """Density of non-zeros from which sparse `op` ("sparse_linear", "sparse_mlp") on `rows` rows makes dense products.
 
     weights: the last is [N, I], of the product that skips. None where no kernel skips: plain PyTorch is faster. A
-    single row always skips where weights are stored neuron by neuron, which are then read at memory's speed. While torch.compile
-    traces, neither the table nor the number of rows is asked: a graph must not depend on them.
+    single row always skips where weights are stored neuron by neuron: they are then read at memory's speed. While
+    torch.compile traces, neither the table nor the number of rows is asked: a graph must not depend on them.
     """
     down = weights[-1]
     default = _DENSE_FROM.get(down.dtype) if device == "cpu" else None
