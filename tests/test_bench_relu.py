@@ -108,6 +108,8 @@ def test_recorded_masks_are_replayed_where_there_are_some(tmp_path, monkeypatch)
         contest = relu.synthetic(relu.DOWN, "recorded", 32, 16, 96, torch.float32).build()
         replayed = masks.replay(layers["0.3"], 32, 96)
         assert torch.equal(contest.inputs[0][0] > 0, replayed)
+        whole = relu.synthetic(relu.DOWN, "recorded", 64, 16, 96, torch.float32).build().inputs
+        assert not torch.equal(whole[0][0] > 0, whole[1][0] > 0)  # the recorded rows from elsewhere on
         record, errors = measure(relu.synthetic(relu.MLP, "recorded", 32, 16, 96, torch.float32), **QUICK)
         assert not errors
         assert record["input"] == "recorded"

@@ -129,7 +129,8 @@ def recorded() -> Tensor:
 def _mask(source: str, rows: int, neurons: int, keep: float, seed: int) -> Tensor:
     """bool [rows, neurons], by `source`: "uniform", "beta" or "recorded"."""
     if source == "recorded":
-        return masks.replay(recorded(), rows, neurons, start=seed * rows)
+        mask = recorded()
+        return masks.replay(mask, rows, neurons, start=seed * (mask.shape[0] // _INPUTS))
     generator = torch.Generator().manual_seed(seed)
     if source == "uniform":
         return masks.uniform(rows, neurons, density=keep, generator=generator)
