@@ -15,6 +15,11 @@ constexpr int64_t kDenseRows = 4;
 constexpr int64_t kListedBlockBytes = 16 << 20;
 constexpr int64_t kListedBlockRows = 256;
 
+// Weights stored neuron by neuron are packed by so many panels at once: one panel is a line or two of each row, so that
+// every row would cost a page walk for every panel. Rows are fetched so many ahead.
+constexpr int64_t kWidePanels = 8;
+constexpr int64_t kPackedAhead = 64;
+
 template <class T>
 class SkippingProduct {
  public:
@@ -48,7 +53,10 @@ class SkippingProduct {
     if (!kIsFloat<T>) p.sums_ = {rows, workspace_stride(width)};
     const int64_t panel = packs || weight.stride_n != 1 ? kSegment * kListedColumns<T> * sizeof(T) : 0;
     p.panels_ = {threads, static_cast<int64_t>(rounded_bytes(panel))};
-    p.scratch_ = TeamScratch::plan<T>(threads, columns, rows);
+    const int64_t wide = weight.stride_n == 1 ? kWidePanels : 1;
+    p.scratch_ = TeamScratch::plan<T>(threads, columns, wide * rows);
+    if (wide > 1 && dense_from < 1)
+      p.wide_ = {threads, static_cast<int64_t>(kWidePanels * panel_bytes<T>(columns) / 4)};
     p.sparse_items_ = p.dense_items_ = Items::plan(threads);
     return p;
   }
@@ -63,7 +71,7 @@ class SkippingProduct {
 
   size_t bytes() const {
     return block_bytes(words, counts, offsets_, segment_first_, index_, value_, used_, used_first_, sparse_rows_,
-                       dense_rows_, copies_, sums_, panels_, scratch_, sparse_items_, dense_items_);
+                       dense_rows_, copies_, sums_, panels_, wide_, scratch_, sparse_items_, dense_items_);
   }
   void place(void* at) {
     char* next = static_cast<char*>(at);
@@ -71,7 +79,7 @@ class SkippingProduct {
       ((parts.place(next), next += rounded_bytes(parts.bytes()), fence_end(next)), ...);
     };
     put(words, counts, offsets_, segment_first_, index_, value_, used_, used_first_, sparse_rows_, dense_rows_, copies_,
-        sums_, panels_, scratch_, sparse_items_, dense_items_);
+        sums_, panels_, wide_, scratch_, sparse_items_, dense_items_);
   }
 
   // Set for a block before prepare() by whoever knows: the bits of its rows, and how many each has.
@@ -98,7 +106,7 @@ class SkippingProduct {
                      : fixed_segments(columns_, segment_first_.data);
     sparse_cut_ = ColumnCut(width_, sparse_, threads_);
     sparse_items_.share(sparse_cut_.items());
-    dense_items_.share(dense_ > 0 ? panels_of(width_) : 0);
+    dense_items_.share(dense_ > 0 ? (panels_of(width_) + at_once() - 1) / at_once() : 0);
   }
 
   // Each thread lists its share of the rows; `from` has the block's.
@@ -195,14 +203,45 @@ class SkippingProduct {
   }
 
   void dense_panel(const Left<T>& from, Items::Item taken, int thread) {
-    const int64_t n0 = taken.index * NC;
-    const int n = panel_width(width_, n0);
     float* y = scratch_.results(thread);
     const Left<T> rows =
         copies_ ? Left<T>{copies_.data, copies_.stride, nullptr} : Left<T>{from.data, from.stride, dense_rows_.data};
+    if (wide_) return wide_panels(rows, taken.index * at_once() * NC, y, thread);
+    const int64_t n0 = taken.index * NC;
+    const int n = panel_width(width_, n0);
     weight_product(y, rows, dense_, columns_, weight_.from_column(n0), n, scratch_.buffers(thread),
                    {dense_, taken.continues});
     for (int64_t i = 0; i < dense_; ++i) finish(dense_rows_.data[i], y + i * NC, n0, n0 + n);
+  }
+
+  // The same for at_once() panels from column n0 on, of weights stored neuron by neuron.
+  void wide_panels(const Left<T>& rows, int64_t n0, float* y, int thread) {
+    const int64_t n1 = width_ - n0 < at_once() * NC ? width_ : n0 + at_once() * NC, panels = panels_of(n1 - n0);
+    const int64_t lines = ((n1 - n0) * sizeof(T) + 63) / 64, panel_words = wide_.stride / kWidePanels;
+    for (int64_t k0 = 0; k0 < columns_; k0 += KC) {
+      const int64_t block = columns_ - k0 < KC ? columns_ - k0 : KC;
+      for (int64_t k = 0; k < block; k += kPackedAhead) {
+        const int64_t depth = block - k < kPackedAhead ? block - k : kPackedAhead;
+        for (int64_t i = k0 + k + depth; i < k0 + k + depth + kPackedAhead && i < columns_; ++i)
+          for (int64_t line = 0; line < lines; ++line)
+            __builtin_prefetch(reinterpret_cast<const char*>(weight_.data + i * weight_.stride_k + n0) + 64 * line, 0,
+                               2);
+        for (int64_t j = 0; j < panels; ++j)
+          pack(wide_.row(thread) + j * panel_words + (kPairs<T> ? k / 2 : k) * NC, weight_.from_column(n0 + j * NC),
+               k0 + k, depth, panel_width(n1, n0 + j * NC));
+      }
+      for (int64_t j = 0; j < panels; ++j)
+        multiply_panel(y + j * dense_ * NC, rows, dense_, k0, block, wide_.row(thread) + j * panel_words, NC,
+                       scratch_.buffers(thread).rows, k0 > 0, NextWords{nullptr});
+    }
+    for (int64_t j = 0; j < panels; ++j)
+      for (int64_t i = 0; i < dense_; ++i)
+        finish(dense_rows_.data[i], y + (j * dense_ + i) * NC, n0 + j * NC, n0 + j * NC + panel_width(n1, n0 + j * NC));
+  }
+
+  int64_t at_once() const {
+    const int64_t share = panels_of(width_) / threads_;
+    return !wide_ || share < 1 ? 1 : (share < kWidePanels ? share : kWidePanels);
   }
 
   bool few_ = false;
@@ -221,6 +260,7 @@ class SkippingProduct {
   Workspace<T> copies_ = {};    // of dense rows, where they would crowd a set of the L1 cache (row_copies.h)
   Workspace<float> sums_ = {};  // [rows, width], where out is not float
   Workspace<char> panels_ = {};
+  Workspace<float> wide_ = {};  // packed panels, where weights are stored neuron by neuron
   TeamScratch scratch_ = {};
   Items sparse_items_ = {}, dense_items_ = {};
   ColumnCut sparse_cut_ = {};
