@@ -216,6 +216,20 @@ def test_layers_that_other_modules_call(transformers, family):
         torch.testing.assert_close(model(**inputs).last_hidden_state, want, rtol=1e-4, atol=1e-5)
 
 
+def test_the_parts_of_a_fused_opt_layer_say_what_they_are(transformers):
+    model = opt(transformers)
+    layer = model.model.decoder.layers[0]
+    widths = layer.fc1.in_features, layer.fc1.out_features
+    dc.convert.relu_sparse(model)
+    assert (layer.fc1.in_features, layer.fc1.out_features) == widths
+    with pytest.raises(ValueError, match=r"h: expected the MLP's output \[\.\.\., 32\]"):
+        layer.fc2(torch.ones(3, widths[1]))
+
+
+def test_a_model_without_an_mlp_says_what_would_be_one():
+    assert "no dense MLP was recognised" in repr(dc.convert.relu_sparse(nn.Linear(3, 4)))
+
+
 def test_a_hooked_or_patched_opt_layer_is_not_fused(transformers):
     for harm in (
         lambda layer: layer.fc1.register_forward_hook(lambda *a: None),

@@ -154,6 +154,8 @@ def test_what_is_not_a_mask_is_refused(tmp_path):
         masks.activations(torch.ones(3, 4, dtype=torch.bool), dtype=torch.int32)
     with pytest.raises(TypeError, match=r"layers\['a'\]: expected a bool tensor, got list"):
         masks.save(tmp_path / "masks", {"a": [True]}, source="")
+    with pytest.raises(ValueError, match="layers: expected masks, got none"):
+        masks.save(tmp_path / "masks", {}, source="")
 
 
 # Recordings -----------------------------------------------------------------------------------------------------------

@@ -68,6 +68,10 @@ class Report:
 
     def __repr__(self) -> str:
         lines = [f"{len(self.swapped)} swapped, {len(self.kept)} kept"]
+        if not self.swapped and not self.kept:
+            lines.append(
+                "  no dense MLP was recognised: two nn.Linear around an nn.ReLU, in a Sequential or by known names"
+            )
         for s in self.swapped:
             note = f" ({s.note})" if s.note else ""
             lines.append(f"  {s.name}: {s.was} -> {s.now}, {s.activation}, H={s.shape[0]}, I={s.shape[1]}{note}")
@@ -284,7 +288,9 @@ def relu_sparse(model: nn.Module, *, save: str = "compressed") -> Report:
 
     Returns a Report of what was swapped, how, and what looks like an MLP and was kept, and why: another activation,
     hooks, tied, quantised or parametrized weights, a forward of its own. Convert before wrapping the model
-    (torch.compile, DistributedDataParallel) and before adapters; optimizers keep their Parameters.
+    (torch.compile, DistributedDataParallel); optimizers keep their Parameters. The fc1 of an OPT layer computes the whole
+    MLP then: hooks and adapters put on fc1 or fc2 later do not see the hidden layer; those that were there before keep
+    a layer as it is.
 
     Torch's encoder layers leave their fused inference path, which would compute everything; so rows that a
     src_key_padding_mask hides are computed in evaluation, too, and not set to 0.

@@ -31,6 +31,8 @@ class Recording:
 
 def save(path: str | os.PathLike[str], layers: Mapping[str, Tensor], *, source: str, command: str = "") -> None:
     """Write masks bool [T, I] by name. Raises TypeError or ValueError on what is not such a mask."""
+    if not layers:
+        raise ValueError("layers: expected masks, got none; activation_sparsity keeps them where record_masks > 0")
     records, stream = [], b""
     for name, mask in layers.items():
         _expect_mask(f"layers[{name!r}]", mask)

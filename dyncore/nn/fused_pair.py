@@ -17,6 +17,12 @@ class FusedSecond(SparseLinear):
     """Holds the output layer's Parameters and passes on what the first layer computed with them."""
 
     def forward(self, h: Tensor) -> Tensor:
+        out_features, in_features = self.weight.shape
+        if h.shape[-1] != out_features:
+            raise ValueError(
+                f"h: expected the MLP's output [..., {out_features}], which the first layer makes here, got "
+                f"{list(h.shape)}; for hidden activations [..., {in_features}] use dyncore.nn.SparseLinear"
+            )
         return h
 
 
@@ -42,6 +48,15 @@ class FusedFirst(nn.Module):
     def hidden(self, x: Tensor) -> Tensor:
         """The hidden activation [..., I] of x, which a forward makes where no hook sees it."""
         return activations.hidden(F.linear(x, self.weight, self.bias), self.activation)
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Of this layer's Parameters; a forward returns the second layer's."""
+        return self.weight.shape[0]
 
     def extra_repr(self) -> str:
         inner, width = self.weight.shape
