@@ -288,8 +288,8 @@ def relu_sparse(model: nn.Module, *, save: str = "compressed") -> Report:
 
     Returns a Report of what was swapped, how, and what looks like an MLP and was kept, and why: another activation,
     hooks, tied, quantised or parametrized weights, a forward of its own. Convert before wrapping the model
-    (torch.compile, DistributedDataParallel); optimizers keep their Parameters. The fc1 of an OPT layer computes the whole
-    MLP then: hooks and adapters put on fc1 or fc2 later do not see the hidden layer; those that were there before keep
+    (torch.compile, DistributedDataParallel); optimizers keep their Parameters. An OPT layer makes its whole
+    MLP in fc1 then: hooks and adapters put on fc1 or fc2 later do not see the hidden layer; earlier ones keep
     a layer as it is.
 
     Torch's encoder layers leave their fused inference path, which would compute everything; so rows that a
