@@ -82,7 +82,7 @@ class SkippingProduct {
         sums_, panels_, wide_, scratch_, sparse_items_, dense_items_);
   }
 
-  // Set for a block before prepare() by whoever knows: the bits of its rows, and how many each has.
+  // Set for a block before choose() by whoever knows: the bits of its rows, and how many each has.
   Workspace<uint32_t> words;
   Workspace<int64_t> counts;
 
@@ -123,7 +123,7 @@ class SkippingProduct {
     }
   }
 
-  // The lists of the block's sparse rows, i of which is row sparse_row(i) of the block.
+  // The lists of the block's sparse rows, i of which is row sparse_rows()[i] of the block.
   Lists<T> lists() const {
     return {offsets_.data, offsets_.stride, 1, segments_, segment_first_.data, index_.data, value_.data};
   }
