@@ -61,6 +61,9 @@ def check(model, loss, expected, kept=()):
             assert_same(results(other.eval(), loss), want)
         again = dc.convert.relu_sparse(model)
         assert again.swapped == ()
+        done = [k.name for k in again.kept if k.reason == "already sparse"]
+        assert sorted(done) == sorted(s[0] for s in expected)
+        assert [(k.name, k.kind) for k in again.kept if k.name not in done] == list(kept)
     return twin
 
 
@@ -220,8 +223,10 @@ def test_the_parts_of_a_fused_opt_layer_say_what_they_are(transformers):
     model = opt(transformers)
     layer = model.model.decoder.layers[0]
     widths = layer.fc1.in_features, layer.fc1.out_features
-    dc.convert.relu_sparse(model)
+    swap, _ = dc.convert.relu_sparse(model).swapped
+    assert swap.note.startswith("fc1 computes it all: hooks on its parts see no hidden layer; fc1.hidden(x) makes one")
     assert (layer.fc1.in_features, layer.fc1.out_features) == widths
+    assert layer.fc1.hidden(torch.ones(3, widths[0])).shape == (3, widths[1])
     with pytest.raises(ValueError, match=r"h: expected the MLP's output \[\.\.\., 32\]"):
         layer.fc2(torch.ones(3, widths[1]))
 
@@ -433,6 +438,10 @@ class Quantized(nn.Linear):
     pass
 
 
+class Linear(nn.Linear):
+    """Named as torch names its quantised layers."""
+
+
 class HiddenNoise(nn.Module):
     """Something stands between the layers that no module shows."""
 
@@ -464,6 +473,8 @@ def test_hooks_and_quantised_layers():
         ("1", "expected nothing that hangs on 2, got hooks"),
         ("2", "2: expected an nn.Linear, got Quantized"),
     ]
+    (kept,) = dc.convert.relu_sparse(nn.ModuleList([nn.Sequential(Linear(16, 40), nn.ReLU(), Linear(40, 16))])).kept
+    assert kept.reason == "2: expected an nn.Linear, got tests.test_convert.Linear"
 
 
 def test_bad_arguments_name_themselves():

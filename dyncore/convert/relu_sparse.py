@@ -2,8 +2,8 @@
 
 The first way that fits: an MLP that is a module becomes an nn.SparseMLP; a transformer layer of torch.nn gets a sparse
 feed-forward block; the Linear layers of a larger module that is known to call one after the other (OPT's decoder layer)
-are fused; and of those in any other (a longer Sequential, BERT) the second becomes an nn.SparseLinear, which is exact
-whatever the module gives it.
+are fused; and of those in any other (a longer Sequential, BERT, a forward that calls F.relu) the second becomes an
+nn.SparseLinear, which is exact whatever the module gives it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch import nn
 
 from dyncore.nn.base import expect_choice
 from dyncore.nn.dense_mlps import NAMES, expect_plain, hooked
-from dyncore.nn.experts import DROPOUTS, activation_name
-from dyncore.nn.fused_pair import FusedFirst, fuse
+from dyncore.nn.experts import DROPOUTS
+from dyncore.nn.forwards import is_activation, is_linear, may_follow, name_of, own_linears, read_forward
+from dyncore.nn.fused_pair import FusedFirst, FusedSecond, fuse
 from dyncore.nn.sparse_mlp import SparseLinear, SparseMLP
 from dyncore.nn.sparse_transformer import SPARSE, sparsify
 from dyncore.ops.sparse_mlp import SAVE
@@ -26,7 +27,7 @@ from dyncore.ops.sparse_mlp import SAVE
 _INLINE = {"transformers.models.opt.modeling_opt.OPTDecoderLayer": ("fc1", "activation_fn", "fc2")}
 _ACTIVATION_NAMES = ("act_fn", "act", "activation", "activation_fn", "intermediate_act_fn")
 _RELUS = ("relu", "relu2")
-_DONE = (SparseMLP, SparseLinear, FusedFirst)
+_DONE = (SparseMLP, SparseLinear, FusedFirst, *SPARSE.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Swap:
             full, and the second layer skips.
         activation: "relu", "relu2", "reglu", or of a SparseLinear what it follows.
         shape: (H, I) of the output weight.
-        note: why it did not become a SparseMLP, or "".
+        note: why it did not become a SparseMLP, or what fusing it changes, or "".
     """
 
     name: str
@@ -70,7 +71,7 @@ class Report:
         lines = [f"{len(self.swapped)} swapped, {len(self.kept)} kept"]
         if not self.swapped and not self.kept:
             lines.append(
-                "  no dense MLP was recognised: two nn.Linear around an nn.ReLU, in a Sequential or by known names"
+                "  no dense MLP was recognised: two nn.Linear around a ReLU in a Sequential, by names or in a trace"
             )
         for s in self.swapped:
             note = f" ({s.note})" if s.note else ""
@@ -80,36 +81,18 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class _Pair:
-    """A Linear layer below an activation, both called by `owner`."""
+    """A Linear layer below an activation, both called by the same forward."""
 
-    owner: nn.Module
-    last: str  # its name in owner
-    activation: object
-
-
-def _is_linear(module: object) -> bool:
-    """Of nn.Linear's kind, quantised and wrapped ones included: to be swapped, or to be named as kept."""
-    return isinstance(module, nn.Linear) or (isinstance(module, nn.Module) and "Linear" in type(module).__name__)
-
-
-def _name_of(activation: object) -> str:
-    """The activation's name as the ops have it, else its own."""
-    try:
-        return activation_name(activation, "")
-    except ValueError:
-        return getattr(activation, "__name__", type(activation).__name__)
-
-
-def _is_activation(module: nn.Module) -> bool:
-    return type(module).__module__ == "torch.nn.modules.activation" or _name_of(module) != type(module).__name__
+    last: str  # its path in the module
+    activation: str
 
 
 def _in_sequence(module: nn.Sequential) -> Iterator[_Pair]:
     """Linear, activation, Linear, with dropouts anywhere."""
     order = [(n, m) for n, m in module.named_children() if not isinstance(m, (nn.Identity, *DROPOUTS))]
     for (_, first), (_, act), (name, last) in zip(order, order[1:], order[2:], strict=False):
-        if _is_linear(first) and _is_linear(last) and _is_activation(act):
-            yield _Pair(module, name, act)
+        if is_linear(first) and is_linear(last) and is_activation(act):
+            yield _Pair(name, name_of(act))
 
 
 def _shown_activation(module: nn.Module) -> object | None:
@@ -117,26 +100,46 @@ def _shown_activation(module: nn.Module) -> object | None:
         act = getattr(module, name, None)
         if act is not None:
             return act
-    return next((m for m in module.children() if _is_activation(m)), None)
+    return next((m for m in module.children() if is_activation(m)), None)
 
 
 def _by_names(module: nn.Module) -> Iterator[_Pair]:
     """Linear layers and an activation under the names that code bases give to them."""
     for first, up, last in NAMES:
-        if all(_is_linear(module._modules.get(n)) for n in (first, up, last) if n):
+        if all(is_linear(module._modules.get(n)) for n in (first, up, last) if n):
             act = _shown_activation(module)
             if act is not None:
-                yield _Pair(module, last, act)
+                yield _Pair(last, name_of(act))
             return
     inner, output = module._modules.get("intermediate"), module._modules.get("output")  # BERT and ViT
-    if inner is not None and output is not None and _is_linear(inner._modules.get("dense")):
+    if inner is not None and output is not None and is_linear(inner._modules.get("dense")):
         act = _shown_activation(inner)
-        if act is not None and _is_linear(output._modules.get("dense")):
-            yield _Pair(output, "dense", act)
+        if act is not None and is_linear(output._modules.get("dense")):
+            yield _Pair("output.dense", name_of(act))
+
+
+def _by_forward(module: nn.Module) -> Iterator[_Pair]:
+    """Linear layers around a function, by a trace. ValueError where there is none and they look like an MLP."""
+    linears = own_linears(module)
+    if not may_follow(linears):
+        return
+    try:
+        calls = read_forward(module).calls
+    except ValueError as error:
+        if len(linears) == 2 and type(module).forward is not nn.Module.forward:
+            raise ValueError(
+                f"expected an activation between {' and '.join(linears)} that shows or that a trace of the forward "
+                f"finds, got none ({error}); an nn.ReLU as a child shows"
+            ) from error
+        return
+    for call in calls:
+        yield _Pair(call.last, call.activation)
 
 
 def _pairs(module: nn.Module) -> list[_Pair]:
-    return list(_in_sequence(module) if isinstance(module, nn.Sequential) else _by_names(module))
+    if isinstance(module, nn.Sequential):
+        return list(_in_sequence(module))
+    return list(_by_names(module)) or list(_by_forward(module))
 
 
 def _reason(error: ValueError) -> str:
@@ -147,7 +150,7 @@ class _Conversion:
     """One walk through a model."""
 
     def __init__(self, model: nn.Module, save: str) -> None:
-        self.save = save
+        self.model, self.save = model, save
         self.swapped: list[Swap] = []
         self.kept: list[Kept] = []
         self._done: dict[int, nn.Module] = {}  # what stands for a module now; it may stand in several places
@@ -160,14 +163,19 @@ class _Conversion:
     def convert(self, module: nn.Module, name: str, *, root: bool = False) -> nn.Module:
         """`module`, or what takes its place."""
         if isinstance(module, _DONE):
+            self._already(module, name)
             return module
         if id(module) in self._done:
             return self._done[id(module)]
-        self._done[id(module)] = module
+        self._stands_for(module, module)
         if isinstance(module, tuple(SPARSE)):
             self._transformer_layer(module, name)
             return module
-        pairs = _pairs(module)
+        try:
+            pairs = _pairs(module)
+        except ValueError as error:
+            self._keep(name, module, error)
+            pairs = []
         note = ""
         if pairs and self._inline(module, name):
             pairs = []
@@ -176,7 +184,7 @@ class _Conversion:
         elif pairs:
             layer, note = self._whole(module, name)
             if layer is not None:
-                self._done[id(module)] = layer
+                self._stands_for(module, layer)
                 return layer
         for pair in pairs:
             self._second(pair, module, name, note)
@@ -188,6 +196,9 @@ class _Conversion:
         ):
             module.use_nested_tensor = False  # its layers would be given nested tensors, for the fused path alone
         return module
+
+    def _stands_for(self, module: nn.Module, now: nn.Module) -> None:
+        self._done[id(module)] = self._done[id(now)] = now
 
     def _expect_untied(self, *linears: nn.Module) -> None:
         for linear in linears:
@@ -201,6 +212,16 @@ class _Conversion:
     ) -> None:
         kind = now if isinstance(now, str) else type(now).__name__
         self.swapped.append(Swap(name or "the model", was, kind, activation, shape, note))
+
+    def _already(self, module: nn.Module, name: str) -> None:
+        """`module` skips since an earlier call, or by the model's own making."""
+        if id(module) in self._done or isinstance(module, FusedSecond):
+            return
+        self._stands_for(module, module)
+        if isinstance(module, FusedFirst):  # its parts are told by the layer that holds them
+            name = name.rpartition(".")[0]
+            module = self.model.get_submodule(name)
+        self.kept.append(Kept(name or "the model", type(module).__name__, "already sparse"))
 
     def _keep(self, name: str, module: nn.Module, error: ValueError) -> None:
         self.kept.append(Kept(name or "the model", type(module).__name__, _reason(error)))
@@ -223,7 +244,7 @@ class _Conversion:
         if names is None or "forward" in module.__dict__:
             return False
         parts = [module.get_submodule(n) for n in names]
-        kind = _name_of(parts[1])
+        kind = name_of(parts[1])
         try:
             linears = [expect_plain(parts[0], names[0]), expect_plain(parts[2], names[2])]
             self._expect_untied(*linears)
@@ -239,13 +260,17 @@ class _Conversion:
             return False
         was = type(module).__name__
         fuse(module, *names, kind, self.save)
-        self._record(name, was, "fused", kind, (last.shape[0], last.shape[1]))
+        for part in names:
+            self._stands_for(module.get_submodule(part), module.get_submodule(part))
+        note = f"{names[0]} computes it all: hooks on its parts see no hidden layer; {names[0]}.hidden(x) makes one"
+        self._record(name, was, "fused", kind, (last.shape[0], last.shape[1]), note)
         return True
 
     def _second(self, pair: _Pair, module: nn.Module, name: str, note: str) -> None:
         """The second layer of an MLP as SparseLinear."""
-        last, activation = pair.owner._modules[pair.last], _name_of(pair.activation)
-        assert last is not None
+        activation, last = pair.activation, module.get_submodule(pair.last)
+        if isinstance(last, SparseLinear):
+            return  # it is told by itself
         try:
             if activation not in _RELUS:
                 raise ValueError(f"expected a ReLU or its square, got {activation}")
@@ -258,9 +283,10 @@ class _Conversion:
             self._keep(name, module, error)
             return
         layer = SparseLinear.from_dense(linear)
-        pair.owner._modules[pair.last] = self._done[id(last)] = layer
-        path = (name, "output" if pair.owner is not module else "", pair.last)
-        where = ".".join(part for part in path if part)
+        owner, _, own_name = pair.last.rpartition(".")
+        module.get_submodule(owner)._modules[own_name] = layer
+        self._stands_for(last, layer)
+        where = f"{name}.{pair.last}" if name else pair.last
         self._record(where, type(last).__name__, layer, activation, (layer.out_features, layer.in_features), note)
 
     def _transformer_layer(self, layer: nn.Module, name: str) -> None:
@@ -282,15 +308,17 @@ def relu_sparse(model: nn.Module, *, save: str = "compressed") -> Report:
     Args:
         model: any module. Known are MLPs that `nn.SparseMLP.from_dense` takes (T5's, plain and gated, among them),
             torch.nn's TransformerEncoderLayer and TransformerDecoderLayer with activation="relu", Linear layers around
-            a ReLU in any Sequential, and under their usual names in a larger module (OPT, BART's kin, BERT, ViT).
+            a ReLU in any Sequential, and under their usual names in a larger module (OPT, BART's kin, BERT, ViT). Where
+            names do not tell, the forward is traced: F.relu, torch.relu and x.relu() are found there.
         save: what of the hidden layer is kept for the backward, as for dc.sparse_mlp; not by SparseLinear layers,
             which keep their input.
 
     Returns a Report of what was swapped, how, and what looks like an MLP and was kept, and why: another activation,
-    hooks, tied, quantised or parametrized weights, a forward of its own. Convert before wrapping the model
-    (torch.compile, DistributedDataParallel); optimizers keep their Parameters. An OPT layer makes its whole
-    MLP in fc1 then: hooks and adapters put on fc1 or fc2 later do not see the hidden layer; earlier ones keep
-    a layer as it is.
+    hooks, tied, quantised or parametrized weights, a forward of its own that no trace follows, or that it skips
+    already. Convert before wrapping the model (torch.compile, DistributedDataParallel); optimizers keep their
+    Parameters. An OPT layer makes its whole MLP in fc1 then: hooks and adapters put on fc1 or fc2 later do not see the
+    hidden layer, which `fc1.hidden(x)` makes; earlier ones keep a layer as it is. What needs contiguous Parameters:
+    `lay_out`.
 
     Torch's encoder layers leave their fused inference path, which would compute everything; so rows that a
     src_key_padding_mask hides are computed in evaluation, too, and not set to 0.

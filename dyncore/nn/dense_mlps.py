@@ -1,6 +1,7 @@
 """Reading dense ReLU MLPs of other code bases: which child is which layer, and whether it computes what it seems to.
 
-A layout can be recognised by names; a forward only by its results, so what was read is run against the module itself.
+A layout is recognised by names, or where they do not say enough, in a trace of the forward (forwards.py); what was read
+is run against the module itself.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from dyncore.execution import execution
 from dyncore.nn.experts import DROPOUTS, shown_activation, tolerance_of
+from dyncore.nn.forwards import read_forward
 from dyncore.nn.mlp import MLP
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -59,10 +61,16 @@ def hooked(module: nn.Module) -> str | None:
     return None
 
 
+def _kind_of(linear: nn.Module) -> str:
+    """The class's name, in full where it is Linear too: torch's quantised layers."""
+    kind = type(linear)
+    return f"{kind.__module__}.{kind.__name__}" if kind.__name__ == "Linear" else kind.__name__
+
+
 def expect_plain(linear: nn.Module, name: str) -> nn.Linear:
     """`linear`, if it is nn.Linear itself with weights of its own: ValueError with the reason otherwise."""
     if type(linear) is not nn.Linear:
-        raise ValueError(f"{name}: expected an nn.Linear, got {type(linear).__name__}")
+        raise ValueError(f"{name}: expected an nn.Linear, got {_kind_of(linear)}")
     for kind, parameter in (("weight", linear.weight), ("bias", linear.bias)):
         if parameter is None:
             continue
@@ -99,11 +107,11 @@ def _by_names(module: nn.Module) -> Parts:
             break
     else:
         known = ", ".join("/".join(n for n in names if n) for names in NAMES)
-        raise ValueError(f"module: expected Linear layers named {known}, got {type(module).__name__}")
+        return _by_forward(module, f"Linear layers named {known}")
     _expect_nothing_more(module, [n for n in (first, up, last) if n])
-    activation = shown_activation(module, up is not None, "module")
+    activation = shown_activation(module, False, "module")
     if activation is None:
-        raise ValueError(f"module: expected an activation that shows, got none in {type(module).__name__}")
+        return _by_forward(module, "an activation that shows")
     if up is not None:
         if activation != "relu":
             raise ValueError(f"module: expected a gate by ReLU, got {activation}")
@@ -113,6 +121,22 @@ def _by_names(module: nn.Module) -> Parts:
         raise ValueError(f"module: expected at most two dropouts, got {', '.join(dropouts)}")
     inner, outer, *_ = *dropouts, None, None
     return Parts(first, up, last, inner, outer, activation)
+
+
+def _by_forward(module: nn.Module, shown: str) -> Parts:
+    """`shown`: what of the module does not say what it is."""
+    expected = f"module: expected {shown}, or a forward that calls Linear layers around a ReLU"
+    try:
+        forward = read_forward(module)
+    except ValueError as error:
+        raise ValueError(f"{expected}, got that of {type(module).__name__}, not understood: {error}") from error
+    call = forward.whole
+    if call is None:
+        raise ValueError(f"{expected} and does no more, got that of {type(module).__name__}, {forward.more}")
+    if any("." in name for name in call[:4] if name):
+        raise ValueError(f"{expected}, all of them its children, got {type(module).__name__}, whose stand in lists")
+    activation = "reglu" if call.up is not None and call.activation == "relu" else call.activation
+    return Parts(call.first, call.up, call.last, call.dropout, forward.out_dropout, activation)
 
 
 def read_parts(module: nn.Module) -> list[Parts]:

@@ -238,9 +238,9 @@ class SparseMLP(nn.Module):
         """Itself, with these parts of a module."""
         self._parts = parts
         self._modules.clear()
-        for name in (parts.first, parts.up, parts.dropout, parts.last, parts.out_dropout):
-            if name is not None:
-                self.add_module(name, module.get_submodule(name))
+        for name, child in module._modules.items():  # in its order, which a state_dict has too
+            if name in parts[:5]:
+                self.add_module(name, child)
         return self
 
     def _lay_out(self) -> None:

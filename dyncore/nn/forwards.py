@@ -1,0 +1,196 @@
+"""Reading a module's forward, by a symbolic trace: which of its Linear layers it calls around which activation.
+
+For forwards whose activation is a function, which no child shows. A trace follows one path and runs no child.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from dyncore.nn.experts import DROPOUTS, activation_name
+
+_PRODUCTS = (operator.mul, torch.mul, "mul")
+_LISTS = (nn.ModuleList, nn.ModuleDict)
+_FUNCTIONS = {
+    *("relu", "gelu", "silu", "tanh", "sigmoid", "elu", "selu", "celu", "leaky_relu", "mish", "relu6", "softplus"),
+    *("hardtanh", "hardswish", "hardsigmoid", "prelu", "rrelu", "softsign", "logsigmoid"),
+}
+
+
+class Call(NamedTuple):
+    """last(dropout(act(first(x)))), or with `up` last(dropout(act(first(x)) * up(x))): paths of modules.
+
+    activation: as the ops name it ("relu", "relu2"; with `up` that of the gate), else its own name.
+    """
+
+    first: str
+    up: str | None
+    last: str
+    dropout: str | None
+    activation: str
+
+
+class Forward(NamedTuple):
+    """What a forward calls; `whole`: the one of `calls` that it is, and the dropout that follows it.
+
+    more: why none is, such as "which does more than call them".
+    """
+
+    calls: tuple[Call, ...]
+    whole: Call | None
+    out_dropout: str | None
+    more: str
+
+
+def is_linear(module: object) -> bool:
+    """Of nn.Linear's kind, quantised and wrapped ones included: to be swapped, or to be named as kept."""
+    return isinstance(module, nn.Linear) or (isinstance(module, nn.Module) and "Linear" in type(module).__name__)
+
+
+def name_of(activation: object) -> str:
+    """The activation's name as the ops have it, else its own."""
+    try:
+        return activation_name(activation, "")
+    except ValueError:
+        return getattr(activation, "__name__", type(activation).__name__)
+
+
+def is_activation(module: nn.Module) -> bool:
+    return type(module).__module__ == "torch.nn.modules.activation" or name_of(module) != type(module).__name__
+
+
+def own_linears(module: nn.Module) -> dict[str, nn.Module]:
+    """The Linear layers that `module` itself holds, or in lists, by path."""
+    found = {}
+    for name, child in module.named_children():
+        if is_linear(child):
+            found[name] = child
+        elif type(child) in _LISTS:
+            found.update({f"{name}.{path}": linear for path, linear in own_linears(child).items()})
+    return found
+
+
+def may_follow(linears: dict[str, nn.Module]) -> bool:
+    """Whether the outputs of one of them fit into a later one, and they are not all square (attention's are)."""
+    sizes = [(getattr(m, "in_features", None), getattr(m, "out_features", None)) for m in linears.values()]
+    fits = any(out == into for i, (_, out) in enumerate(sizes) for into, _ in sizes[i + 1 :])
+    return fits and len({size for pair in sizes for size in pair}) > 1
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def read_forward(module: nn.Module) -> Forward:
+    """Raises ValueError where no trace can be made, with the reason."""
+    if "forward" in module.__dict__:
+        raise ValueError("a forward that was put over its class's")
+    if type(module).forward is nn.Module.forward:
+        raise ValueError("it has no forward")
+    twin = copy.copy(module)  # what a forward stores must not stay in `module`: it would be a part of the trace
+    for kind in ("_modules", "_parameters", "_buffers"):
+        twin.__dict__[kind] = dict(module.__dict__[kind])
+    before = set(map(id, twin.__dict__.values()))
+    try:
+        graph = _Tracer().trace(twin)
+    except Exception as error:  # whatever a forward does with what is no tensor
+        raise ValueError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
+    stores = any(isinstance(v, fx.Proxy) for v in twin.__dict__.values() if id(v) not in before)
+    return _Reader(module, graph).read(stores)
+
+
+def _into(node: fx.Node) -> fx.Node | None:
+    """What goes into an operation first."""
+    source = node.args[0] if node.args else None
+    return source if isinstance(source, fx.Node) else None
+
+
+class _Reader:
+    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
+        self.graph, self.modules = graph, dict(module.named_modules())
+
+    def read(self, stores: bool) -> Forward:
+        found = {node: call for node in self.graph.nodes if (call := self._call(node)) is not None}
+        calls = tuple(call for call, _ in found.values())
+        if stores:
+            return Forward(calls, None, None, "which stores what it computes")
+        output = next(node for node in self.graph.nodes if node.op == "output")
+        result = _into(output)
+        end, dropout = (None, None) if result is None else self._past_dropout(result)
+        if result is not None and end in found:
+            call, chain = found[end]
+            inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
+            made = [node for node in chain if node.target in (call.first, call.up)]
+            only = len(inputs) == 1 and chain | {result, output, *inputs} == set(self.graph.nodes)
+            if only and all(node.args == (inputs[0],) and not node.kwargs for node in made):
+                return Forward(calls, call, dropout, "")
+        return Forward(calls, None, None, "which does more than call them")
+
+    def _module(self, node: fx.Node | None) -> nn.Module | None:
+        return self.modules.get(str(node.target)) if node is not None and node.op == "call_module" else None
+
+    def _past_dropout(self, node: fx.Node) -> tuple[fx.Node | None, str | None]:
+        """What goes into the dropout, and its path; `node` itself where it is no module of this kind."""
+        module = self._module(node)
+        if isinstance(module, (nn.Identity, *DROPOUTS)):
+            return _into(node), None if isinstance(module, nn.Identity) else str(node.target)
+        return node, None
+
+    def _activation(self, node: fx.Node | None) -> tuple[str, fx.Node] | None:
+        """An activation's name and what goes into it."""
+        source = None if node is None else _into(node)
+        if node is None or source is None:
+            return None
+        module = self._module(node)
+        if module is not None:
+            return (name_of(module), source) if is_activation(module) else None
+        name = (node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")).rstrip("_")
+        if (
+            name == "square"
+            or (name == "pow" and node.args[1:] == (2,))
+            or (name == "mul" and node.args[1:] == (source,))
+        ):
+            inner = self._activation(source)
+            return ("relu2", inner[1]) if inner is not None and inner[0] == "relu" else None
+        return (name, source) if name in _FUNCTIONS else None
+
+    def _gate(self, node: fx.Node) -> tuple[tuple[str, fx.Node], fx.Node, fx.Node] | None:
+        """Of act(first(x)) * up(x): the activation's name and what goes into it, itself, and the call of `up`."""
+        if node.target not in _PRODUCTS or len(node.args) != 2:
+            return None
+        for gate, up in (node.args, node.args[::-1]):
+            if isinstance(gate, fx.Node) and isinstance(up, fx.Node) and is_linear(self._module(up)):
+                found = self._activation(gate)
+                if found is not None:
+                    return found, gate, up
+        return None
+
+    def _call(self, node: fx.Node) -> tuple[Call, set[fx.Node]] | None:
+        """The call whose `last` this node is, and all its nodes."""
+        dropped = _into(node)
+        if dropped is None or not is_linear(self._module(node)):
+            return None
+        hidden, dropout = self._past_dropout(dropped)
+        if hidden is not None and hidden.target is F.dropout:  # no module: such a call is never whole
+            hidden = _into(hidden)
+        if hidden is None:
+            return None
+        found, gated, up = self._activation(hidden), self._gate(hidden), None
+        chain = {node, dropped, hidden}
+        if gated is not None:
+            found, gate, up = gated
+            chain |= {gate, up}
+        if found is None or not is_linear(self._module(found[1])):
+            return None
+        activation, first = found
+        chain.add(first)
+        if activation == "relu2":
+            chain.add(_into(hidden) or hidden)  # what is squared
+        return Call(str(first.target), str(up.target) if up else None, str(node.target), dropout, activation), chain

@@ -1,0 +1,188 @@
+"""relu_sparse where the ReLU is a function that no child shows: found in a trace of the forward, or told why not."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dyncore as dc
+from dyncore.nn import SparseMLP
+from tests.test_convert import check
+
+X = torch.linspace(-2, 2, 6 * 16).view(6, 16).sin()
+
+
+class Two(nn.Module):
+    """Layers by names of its own, around whatever `run` does."""
+
+    def __init__(self, run, **children):
+        super().__init__()
+        self.a, self.b, self.run = nn.Linear(16, 40), nn.Linear(40, 16), run
+        for name, child in children.items():
+            self.add_module(name, child)
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def relu_function(m, x):
+    return m.b(F.relu(m.a(x)))
+
+
+def torch_relu(m, x):
+    return m.b(torch.relu(m.a(x)))
+
+
+def method(m, x):
+    return m.b(m.a(x).relu_())
+
+
+def squared(m, x):
+    return m.b(F.relu(m.a(x)).square())
+
+
+def power(m, x):
+    return m.b(m.a(x).relu() ** 2)
+
+
+def product(m, x):
+    h = torch.relu(m.a(x))
+    return m.b(h * h)
+
+
+def dropouts(m, x):
+    return m.out(m.b(m.inner(F.relu(m.a(x)))))
+
+
+def gated(m, x):
+    return m.b(m.up(x) * F.relu(m.a(x)))
+
+
+def loss(model):
+    return model["ff"](X).square().sum()
+
+
+@pytest.mark.parametrize(
+    ("run", "activation", "children"),
+    [
+        (relu_function, "relu", ()),
+        (torch_relu, "relu", ()),
+        (method, "relu", ()),
+        (squared, "relu2", ()),
+        (power, "relu2", ()),
+        (product, "relu2", ()),
+        (dropouts, "relu", ("inner", "out")),
+        (gated, "reglu", ("up",)),
+    ],
+)
+def test_a_module_that_is_an_mlp_by_its_forward_is_replaced(run, activation, children):
+    def make():
+        return Two(run, **{name: nn.Linear(16, 40) if name == "up" else nn.Dropout(0.2) for name in children})
+
+    check(nn.ModuleDict({"ff": make()}), loss, [("ff", "Two", "SparseMLP", activation, (16, 40))])
+    assert SparseMLP.from_dense(make()).activation == activation
+
+
+class Usual(nn.Module):
+    """Under the usual names, with a function."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(16, 40), nn.Linear(40, 16)
+
+    def forward(self, x):
+        return self.fc2(F.relu(self.fc1(x)))
+
+
+def test_usual_names_around_a_function():
+    check(nn.ModuleDict({"ff": Usual()}), loss, [("ff", "Usual", "SparseMLP", "relu", (16, 40))])
+
+
+def residual(m, x):
+    return x + m.b(F.relu(m.a(x)))
+
+
+def flattened(m, x):
+    return m.b(F.relu(m.a(x.flatten(1))))
+
+
+def dropped(m, x):
+    return m.b(F.dropout(F.relu(m.a(x)), 0.3, m.training))
+
+
+def called_twice(m, x):
+    return relu_function(m, relu_function(m, x))
+
+
+@pytest.mark.parametrize("run", [residual, flattened, dropped, called_twice])
+def test_of_a_larger_forward_the_second_layer_skips(run):
+    check(nn.ModuleDict({"ff": Two(run)}), loss, [("ff.b", "Linear", "SparseLinear", "relu", (16, 40))])
+
+
+class Listed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(16, 40), nn.Linear(40, 24), nn.Linear(24, 16)])
+
+    def forward(self, x):
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return self.layers[-1](x)
+
+
+def test_layers_in_a_list():
+    swaps = [
+        ("ff.layers.1", "Linear", "SparseLinear", "relu", (24, 40)),
+        ("ff.layers.2", "Linear", "SparseLinear", "relu", (16, 24)),
+    ]
+    check(nn.ModuleDict({"ff": Listed()}), loss, swaps)
+
+
+def test_a_forward_keeps_nothing_of_the_trace_and_goes_on_storing():
+    def stores(m, x):
+        m.last = F.relu(m.a(x))
+        return m.b(m.last)
+
+    model = nn.ModuleDict({"ff": Two(stores)})
+    (swap,) = dc.convert.relu_sparse(model).swapped
+    assert swap.now == "SparseLinear"
+    assert not hasattr(model["ff"], "last")
+    model["ff"](X)
+    assert model["ff"].last.shape == (6, 40)
+
+
+def branches(m, x):
+    return m.b(F.relu(m.a(x))) if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize(
+    ("run", "reason"),
+    [
+        (
+            branches,
+            r"expected an activation between a and b that shows .* got none \(TraceError: .*an nn.ReLU as a child",
+        ),
+        (lambda m, x: m.b(F.gelu(m.a(x))), "expected a ReLU or its square, got gelu"),
+    ],
+    ids=["branches", "gelu"],
+)
+def test_what_is_no_relu_or_not_understood_is_told(run, reason):
+    model = nn.ModuleDict({"ff": Two(run)})
+    report = dc.convert.relu_sparse(model)
+    assert report.swapped == ()
+    ((name, kind, why),) = [(k.name, k.kind, k.reason) for k in report.kept]
+    assert (name, kind) == ("ff", "Two")
+    assert re.search(reason, why)
+
+
+def test_from_dense_says_why_a_forward_is_no_mlp():
+    with pytest.raises(ValueError, match="around a ReLU and does no more, got that of Two, which does more than call"):
+        SparseMLP.from_dense(Two(residual))
+    with pytest.raises(ValueError, match="got that of Two, not understood: TraceError: symbolically traced"):
+        SparseMLP.from_dense(Two(branches))
+
+
+def test_linear_layers_without_an_activation_are_no_mlp():
+    assert dc.convert.relu_sparse(nn.ModuleDict({"ff": Two(lambda m, x: m.b(m.a(x)))})).kept == ()
