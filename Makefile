@@ -3,37 +3,49 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= gpu-results
 PART ?= all
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
 # Without a GPU: the pinned CPU build of torch. With one: whatever torch the machine's index serves.
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints.txt)
 
-.PHONY: bench test test-main test-interpret test-aot sanitize lint format benchmark gpu clean
+# The longest first: whichever process is free takes the next.
+TEST_PARTS := test-rest test-ops test-nn test-backends test-aot test-interpret
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -q
+AT_ONCE := $(MAKE) --no-print-directory -j $(JOBS) $(if $(filter output-sync,$(.FEATURES)),--output-sync)
+
+.PHONY: bench test $(TEST_PARTS) sanitize lint format benchmark gpu clean
 
 bench: $(VENV)/.ready
 	$(BIN)/dyncore bench --quick
 
-# Triton's interpreter and its ahead-of-time compiler cannot share a process, hence three runs of pytest.
-test: test-aot test-interpret test-main
-
-test-main: $(VENV)/.ready
-	$(BIN)/python -m pytest tests -m "not gpu" --ignore=tests/kernels -q
-
-test-interpret: $(VENV)/.ready
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -q
+# As many parts at once as JOBS says, each on one thread: small operations are quicker so, and the tests of threads set
+# their number themselves. Triton's interpreter and its ahead-of-time compiler cannot share a process.
+test: $(VENV)/.ready
+	$(AT_ONCE) $(TEST_PARTS)
 
 test-aot: $(VENV)/.ready
-	$(BIN)/python -m pytest tests/kernels -q
+	$(PYTEST) tests/kernels
+
+test-interpret: $(VENV)/.ready
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
+
+test-ops test-nn test-backends: test-%: $(VENV)/.ready
+	$(PYTEST) tests/$*
+
+test-rest: $(VENV)/.ready
+	$(PYTEST) tests $(foreach part,kernels ops nn backends,--ignore=tests/$(part))
 
 # The C++ kernels, without Python, under AddressSanitizer and UndefinedBehaviorSanitizer, then under ThreadSanitizer.
 sanitize: $(VENV)/.ready
-	set -e; for kind in address,undefined thread; do \
-	  $(BIN)/cmake -S . -B build/sanitize/$$kind -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-	    -DCMAKE_BUILD_TYPE=Release -DDYNCORE_SANITIZE=$$kind --log-level=WARNING; \
-	  $(BIN)/cmake --build build/sanitize/$$kind; \
-	  build/sanitize/$$kind/kernels_test; \
-	done
+	$(AT_ONCE) sanitize-address,undefined sanitize-thread
+
+sanitize-%: $(VENV)/.ready
+	$(BIN)/cmake -S . -B build/sanitize/$* -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DCMAKE_BUILD_TYPE=Release -DDYNCORE_SANITIZE=$* --log-level=WARNING
+	$(BIN)/cmake --build build/sanitize/$*
+	build/sanitize/$*/kernels_test
 
 benchmark: $(VENV)/.ready
 	$(BIN)/python -m pytest benchmarks --benchmark-only -q
