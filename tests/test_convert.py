@@ -477,7 +477,23 @@ def test_hooks_and_quantised_layers():
     assert kept.reason == "2: expected an nn.Linear, got tests.test_convert.Linear"
 
 
+def test_all_weights_of_a_model_are_laid_out_in_one_call(transformers):
+    model = nn.ModuleDict({"opt": opt(transformers), "ff": feed_forward()}).eval()
+    want = logits(model["opt"])
+    dc.convert.relu_sparse(model)
+    assert not all(p.is_contiguous() for p in model.parameters())
+    parameters = list(model.parameters())
+    assert dc.convert.lay_out(model, neuron_major=False) == 3
+    assert all(p.is_contiguous() for p in model.parameters())
+    assert all(p is before for p, before in zip(model.parameters(), parameters, strict=True))
+    torch.testing.assert_close(logits(model["opt"]), want)
+    assert dc.convert.lay_out(model, neuron_major=True) == 3
+    assert model["ff"].get_submodule("2").weight.stride() == (1, 16)
+
+
 def test_bad_arguments_name_themselves():
+    with pytest.raises(TypeError, match="model: expected a module, got str"):
+        dc.convert.lay_out("opt", neuron_major=False)
     with pytest.raises(TypeError, match="model: expected a module, got str"):
         dc.convert.relu_sparse("opt")
     with pytest.raises(ValueError, match="save: expected one of compressed, dense, recompute, got 'all'"):

@@ -152,6 +152,9 @@ def test_what_is_not_a_mask_is_refused(tmp_path):
         masks.activations(torch.ones(3, 4))
     with pytest.raises(TypeError, match=r"dtype: expected a floating-point dtype, got torch.int32"):
         masks.activations(torch.ones(3, 4, dtype=torch.bool), dtype=torch.int32)
+    for unnamed, kind in ((torch.ones(2, 3) > 0, "Tensor"), ([torch.ones(2, 3) > 0], "list")):
+        with pytest.raises(TypeError, match=f"layers: expected masks by name, such as .*, got {kind}"):
+            masks.save(tmp_path / "masks", unnamed, source="")
     with pytest.raises(TypeError, match=r"layers\['a'\]: expected a bool tensor, got list"):
         masks.save(tmp_path / "masks", {"a": [True]}, source="")
     with pytest.raises(ValueError, match="layers: expected masks, got none"):

@@ -1,5 +1,6 @@
 """Converting trained models, in place and under the same names, to layers that skip."""
 
+from dyncore.convert.lay_out import lay_out
 from dyncore.convert.relu_sparse import relu_sparse
 
-__all__ = ["relu_sparse"]
+__all__ = ["lay_out", "relu_sparse"]

@@ -31,6 +31,8 @@ class Recording:
 
 def save(path: str | os.PathLike[str], layers: Mapping[str, Tensor], *, source: str, command: str = "") -> None:
     """Write masks bool [T, I] by name. Raises TypeError or ValueError on what is not such a mask."""
+    if not isinstance(layers, Mapping):
+        raise TypeError(f"layers: expected masks by name, such as {{'layer': mask}}, got {type(layers).__name__}")
     if not layers:
         raise ValueError("layers: expected masks, got none; activation_sparsity keeps them where record_masks > 0")
     records, stream = [], b""

@@ -40,6 +40,8 @@ def activation_sparsity(
     is not zero. The last dimension of an activation is the neurons', the one before it the sequence; convolutions are
     not understood, and models are to be measured before torch.compile, which calls no hooks.
 
+    The report's speed-ups are estimates from counts of products and the break-evens in force; calls are not in them.
+
     Args:
         batches: each a tensor or a tuple or list of arguments or a mapping of keyword arguments of `model`.
         layers: names of modules to watch instead, or (name, module) -> bool, whatever the share of zeros. Of a linear
@@ -63,6 +65,8 @@ def activation_sparsity(
             raise ValueError(f"{name}: expected a number from 0 to 1, got {share}")
     if not isinstance(record_masks, int) or record_masks < 0:
         raise ValueError(f"record_masks: expected an int >= 0, got {record_masks!r}")
+    if not isinstance(tiles, Sequence) or isinstance(tiles, str):
+        raise TypeError(f"tiles: expected a sequence of ints, got {type(tiles).__name__}: put it into a list")
     for size in tiles:
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"tiles: expected ints >= 1, got {size!r}")
@@ -276,4 +280,5 @@ class _Watch:
                 products=self._products[name],
             )
         masks = {name: self._accumulators[name].recorded for name in layers} if self._record_masks else {}
-        return ActivationSparsity(layers, {n: self._unwatched[n] for n in self._modules if n in self._unwatched}, masks)
+        unwatched = {name: self._unwatched[name] for name in self._modules if name in self._unwatched}
+        return ActivationSparsity(layers, unwatched, masks)

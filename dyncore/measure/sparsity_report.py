@@ -8,11 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
+from dyncore import break_even
 from dyncore.measure.records import new_results, write_results
 from dyncore.measure.sparsity_statistics import LayerSparsity
 from dyncore.measure.sparsity_verdict import PHASES
 
 SCHEMA = "dyncore.activation_sparsity/1"
+_BREAK_EVENS = {
+    True: "measured on this machine by dyncore tune",
+    False: "defaults; dyncore tune measures this machine's",
+}
 
 
 def _percent(share: float | None) -> str:
@@ -30,10 +35,21 @@ def _table(rows: list[list[str]]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ActivationSparsity:
-    """Zeros of each watched layer, in the order of the model.
+    """Zeros of each watched layer, in the order of the model. print() makes a table of it:
+
+        layer, kind             its name; "mlp" or "gated" where the products that make the activation are known, else
+                                "linear": only the product that takes it is judged
+        neurons, zeros          I, and the share of zeros among all activations
+        5%..95% of tokens       zeros by token: 5% of the tokens have at most the first share, 95% at most the second
+        dead, hot               shares of neurons that never fire, and that fire on at least `hot_rate` of the tokens
+        Gini                    of the neurons' rates: 0 where all fire equally often
+        Jaccard, random         similarity of the active sets of consecutive tokens, and of random ones
+        union n                 share of neurons that n consecutive tokens need together
+        decode ..., forward,    estimated speed-ups of skipping over dense execution, for 1 and 8 rows, and for many; of
+        training                the MLP's products, without the time of calls, which small layers feel
 
     Attributes:
-        layers: by name.
+        layers: LayerSparsity by name: the same as numbers, and `verdict`.
         unwatched: why other layers were not watched, by name.
         masks: bool [R, I] by layer: the first rows, as many as `record_masks` asked for; `dyncore.masks.save` stores
             them.
@@ -44,12 +60,14 @@ class ActivationSparsity:
     masks: dict[str, Tensor]
 
     def record(self) -> dict[str, Any]:
-        """A document of schema dyncore.activation_sparsity/1: created, environment, and a record of each layer."""
+        """A document of schema dyncore.activation_sparsity/1: created, environment, which break-evens served
+        ("defaults" or "measured" by dyncore tune), and a record of each layer."""
         results = new_results("measure.activation_sparsity")
         return {
             "schema": SCHEMA,
             "created": results["created"],
             "environment": results["environment"],
+            "break_evens": "measured" if break_even.tuned() else "defaults",
             "unwatched": dict(self.unwatched),
             "records": [layer.record() for layer in self.layers.values()],
         }
@@ -95,6 +113,11 @@ class ActivationSparsity:
                     *(f"{s:.2f}x" for s in speedups),
                 ]
             )
-        of = "hot: fires on at least {:.0%} of tokens; x: estimated speed-up of the layer's MLP (linear: of the layer)"
         hot_rate = next(iter(self.layers.values())).hot_rate
-        return _table(rows) + f"\n{of.format(hot_rate)} over dense execution"
+        notes = [
+            f"hot: fires on at least {hot_rate:.0%} of tokens",
+            "x: estimated speed-up of the layer's MLP (linear: of the layer) over dense execution, from counts of "
+            "products alone: calls cost more where layers are small",
+            f"break-evens: {_BREAK_EVENS[break_even.tuned()]}",
+        ]
+        return "\n".join([_table(rows), *notes])

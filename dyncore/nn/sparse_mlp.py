@@ -26,7 +26,7 @@ class SparseLinear(nn.Linear):
     The weight is a Parameter of nn.Linear's shape [N, I], stored neuron-major (strides (1, N)), so that few rows read
     the weights of neurons that are on, alone. It stays so through load_state_dict, copies, pickles and `to`. What takes
     contiguous Parameters only (FSDP, torch.nn.utils.parameters_to_vector, safetensors by itself) needs
-    `lay_out(neuron_major=False)`.
+    `lay_out(neuron_major=False)`; a whole model, `dyncore.convert.lay_out(model, neuron_major=False)`.
     """
 
     neuron_major = True

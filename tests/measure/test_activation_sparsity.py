@@ -2,7 +2,6 @@
 
 import gc
 import itertools
-import json
 import math
 
 import pytest
@@ -417,48 +416,6 @@ def test_no_speedup_is_infinite(edge):
     assert verdict.speedups["forward"] == pytest.approx(100)
 
 
-# The report -----------------------------------------------------------------------------------------------------------
-
-
-def test_the_report_is_a_table_a_json_and_a_picture(sequences, tmp_path):
-    pytest.importorskip("matplotlib")
-    report = activation_sparsity(Block(), [torch.randn(4, 64, 8)])
-    text = str(report)
-    assert [line.split()[0] for line in text.splitlines()[:-1]] == ["layer", *report.layers]
-    assert len({len(line) for line in text.splitlines()[:-1]}) == 1
-    fc2 = report.layers["fc2"]
-    assert f"{fc2.zero_fraction:.1%}" in text.splitlines()[2]
-    report.to_json(tmp_path / "report.json")
-    document = json.loads((tmp_path / "report.json").read_text())
-    assert document["schema"] == "dyncore.activation_sparsity/1"
-    assert document["environment"]["versions"]["torch"] == torch.__version__
-    first = document["records"][1]
-    assert first["layer"] == "fc2"
-    assert first["zero_fraction"] == pytest.approx(fc2.zero_fraction)
-    assert len(first["neuron_rate_quantiles"]) == 101
-    assert first["neuron_rate_quantiles"] == sorted(first["neuron_rate_quantiles"])
-    assert first["union"]["128"] == fc2.union[128]
-    assert first["verdict"]["training"]["speedup"] == pytest.approx(fc2.verdict.speedups["training"])
-    for dark in (False, True):
-        report.plot(tmp_path / "report.png", dark=dark)
-        assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_layers_in_which_nothing_fires_or_rows_are_few_are_drawn_too(tmp_path):
-    pytest.importorskip("matplotlib")
-    report = activation_sparsity(Given(6), [torch.zeros(3, 6)], layers=["down"])
-    report.plot(tmp_path / "report.png")
-    report.to_json(tmp_path / "report.json")
-    assert "100.0%" in str(report)
-
-
-def test_a_model_without_zeros_has_nothing_to_plot(tmp_path):
-    report = activation_sparsity(Given(6), [torch.ones(3, 6)])
-    assert str(report) == "no layer was watched\ndown: 0.0% zeros at its first call, watched from 10.0%"
-    with pytest.raises(ValueError, match="plot: expected at least one watched layer, got none"):
-        report.plot(tmp_path / "report.png")
-
-
 # Errors ---------------------------------------------------------------------------------------------------------------
 
 
@@ -481,6 +438,7 @@ def test_a_model_without_zeros_has_nothing_to_plot(tmp_path):
             (Given(4), []),
             {"layers": "down"},
         ),
+        (TypeError, "tiles: expected a sequence of ints, got int: put it into a list", (Given(4), []), {"tiles": 8}),
         (ValueError, "tiles: expected ints >= 1, got 0", (Given(4), []), {"tiles": (1, 0)}),
         (ValueError, "min_zeros: expected a number from 0 to 1, got 10", (Given(4), []), {"min_zeros": 10}),
         (ValueError, "hot_rate: expected a number from 0 to 1, got nan", (Given(4), []), {"hot_rate": math.nan}),
