@@ -26,7 +26,10 @@ class CMakeBuild(build_ext):
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve()
+        if self.editable_mode:  # a folder that is thrown away, so that every rebuild would begin from nothing
+            build = ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
+        (build / "CMakeCache.txt").unlink(missing_ok=True)  # of tools that went with an isolated build's environment
         configure = [
             "cmake",
             "-S",
