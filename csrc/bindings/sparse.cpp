@@ -35,6 +35,38 @@ void sparse_linear(py::handle h_, py::handle weight_, py::handle bias_, float de
   launch(&Kernels::sparse_linear, op);
 }
 
+bool fits_plain(py::handle source, const ElementType& type, int64_t rows, int64_t columns) {
+  View view;
+  return glance_plain(source, view) && view.type == type && view.dims == 2 && view.sizes[0] == rows &&
+         view.sizes[1] == columns;
+}
+
+bool bias_fits(py::handle source, const ElementType& type, int64_t size) {
+  View view;
+  return source.is_none() ||
+         (glance_plain(source, view) && view.type == type && view.dims == 1 && view.sizes[0] == size);
+}
+
+// Whether these are plain CPU tensors of one dtype that has kernels, in the shapes that dyncore.sparse_linear asks: 0
+// if not (Python says why), 2 if they are and only the weights of the one row's non-zeros are worth reading, else 1.
+int sparse_linear_fits(py::handle h_, py::handle weight_, py::handle bias) {
+  View h, weight;
+  if (!glance_plain(h_, h) || !has_kernels(h.type) || h.dims < 2) return 0;
+  if (!glance_plain(weight_, weight) || weight.type != h.type || weight.dims != 2) return 0;
+  if (weight.sizes[1] != h.sizes[h.dims - 1] || !bias_fits(bias, h.type, weight.sizes[0])) return 0;
+  return h.dims == 2 && h.sizes[0] == 1 && weight.strides[0] == 1 ? 2 : 1;
+}
+
+// The same for dyncore.sparse_mlp.
+bool sparse_mlp_fits(py::handle x_, py::handle w_in, py::handle w_out_, py::handle b_in, py::handle b_out, bool gated) {
+  View x, w_out;
+  if (!glance_plain(x_, x) || !has_kernels(x.type) || x.dims < 2) return false;
+  if (!glance_plain(w_out_, w_out) || w_out.type != x.type || w_out.dims != 2) return false;
+  const int64_t h = x.sizes[x.dims - 1], width = gated ? 2 * w_out.sizes[1] : w_out.sizes[1];
+  return w_out.sizes[0] == h && fits_plain(w_in, x.type, width, h) && bias_fits(b_in, x.type, width) &&
+         bias_fits(b_out, x.type, h);
+}
+
 // The tensors of a Compressed activation [rows, i], all of them or none.
 struct CompressedTensors {
   Output mask, row_offsets, values;
@@ -209,6 +241,8 @@ void expand(py::handle dense_, py::handle mask_, py::handle values_, py::handle 
 
 void define_sparse(py::module_& module) {
   module.def("sparse_linear", &sparse_linear);
+  module.def("sparse_linear_fits", &sparse_linear_fits);
+  module.def("sparse_mlp_fits", &sparse_mlp_fits);
   module.def("sparse_linear_backward", &sparse_linear_backward);
   module.def("sparse_mlp", &sparse_mlp);
   module.def("sparse_mlp_backward", &sparse_mlp_backward);

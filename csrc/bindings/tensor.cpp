@@ -18,7 +18,7 @@ struct ExchangeApi {
 };
 
 const ExchangeApi* api = nullptr;
-PyTypeObject* tensor_type = nullptr;
+PyTypeObject *tensor_type = nullptr, *parameter_type = nullptr;
 constexpr int32_t kCpu = 1;
 
 // The API takes whatever it is given for a tensor, so that is asked first.
@@ -44,6 +44,7 @@ void find_tensor_api() {
   const char* const attribute = "__dlpack_c_exchange_api__";
   const py::object type = py::module_::import("torch").attr("Tensor");
   tensor_type = reinterpret_cast<PyTypeObject*>(type.ptr());
+  parameter_type = reinterpret_cast<PyTypeObject*>(py::module_::import("torch.nn").attr("Parameter").ptr());
   if (py::hasattr(type, attribute)) {
     const py::object capsule = type.attr(attribute);
     api = static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
@@ -187,6 +188,11 @@ bool glance(py::handle source, View& view) {
   // A tensor subclass may have a shape and no data of its own.
   const bool empty = std::find(view.sizes, view.sizes + view.dims, 0) != view.sizes + view.dims;
   return view.device_type == kCpu && (view.data || empty);
+}
+
+bool glance_plain(py::handle source, View& view) {
+  const PyTypeObject* const type = Py_TYPE(source.ptr());
+  return (type == tensor_type || type == parameter_type) && glance(source, view);
 }
 
 bool fits(py::handle source, const ElementType& type, std::initializer_list<int64_t> shape) {

@@ -131,6 +131,8 @@ struct Scales : Tensor {
 
 // Reads a CPU tensor without a word: false where `source` is anything else.
 bool glance(py::handle source, View& view);
+// The same, and false for subclasses other than Parameter: what they do when an op meets them is theirs to say.
+bool glance_plain(py::handle source, View& view);
 // Whether `source` is a CPU tensor of this type and shape.
 bool fits(py::handle source, const ElementType& type, std::initializer_list<int64_t> shape);
 

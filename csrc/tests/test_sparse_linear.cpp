@@ -96,9 +96,10 @@ struct Shape {
 // On either side of: one row, the rows of a dense product, few rows (96), a segment of rows (512); a word, a vector, a
 // segment of columns (128 of few rows, 512); a panel of outputs, the outputs of a register tile (256), of a part of the
 // work (1024, 2048).
-constexpr Shape kShapes[] = {{0, 5, 3},     {3, 0, 5},    {5, 3, 0},     {1, 1, 1},      {1, 100, 2100}, {1, 1100, 63},
-                             {2, 513, 31},  {3, 63, 257}, {4, 300, 33},  {5, 31, 100},   {31, 1100, 8},  {95, 33, 300},
-                             {96, 140, 70}, {97, 97, 40}, {97, 1025, 7}, {130, 513, 32}, {520, 70, 33},  {1100, 33, 5}};
+constexpr Shape kShapes[] = {{0, 5, 3},     {3, 0, 5},       {5, 3, 0},     {1, 1, 1},     {1, 100, 2100},
+                             {1, 1100, 63}, {2, 513, 31},    {3, 63, 257},  {4, 300, 33},  {5, 31, 100},
+                             {31, 1100, 8}, {64, 1100, 300}, {95, 33, 300}, {96, 140, 70}, {97, 97, 40},
+                             {97, 1025, 7}, {130, 513, 32},  {520, 70, 33}, {1100, 33, 5}};
 
 }  // namespace
 

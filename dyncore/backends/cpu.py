@@ -66,9 +66,7 @@ def isa() -> str:
     return native.selected_isa() if available else "none"
 
 
-def threads() -> int:
-    """How many threads a kernel may use."""
-    return torch.get_num_threads()
+threads = torch.get_num_threads  # how many a kernel may use
 
 
 def serves(x: Tensor) -> bool:

@@ -31,6 +31,17 @@ def _by_neuron(w_out: Tensor) -> bool:
     return w_out.stride(0) == 1 and w_out.stride(1) != 1
 
 
+def sparse_linear_fits(h: object, weight: object, bias: object) -> int:
+    """Whether these are CPU tensors of one dtype that has kernels, in the shapes that dyncore.sparse_linear asks: 0 if
+    not, 2 if they are one row and weights stored by neuron (break_even.dense_from: never dense), else 1."""
+    return 0 if native is None else native.sparse_linear_fits(h, weight, bias)
+
+
+def sparse_mlp_fits(x: object, w_in: object, w_out: object, b_in: object, b_out: object, gated: bool) -> bool:
+    """The same for dyncore.sparse_mlp."""
+    return native is not None and native.sparse_mlp_fits(x, w_in, w_out, b_in, b_out, gated)
+
+
 def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None, dense_from: float) -> Tensor:
     if not serves(h):
         return reference.sparse_linear(h, weight, bias, dense_from)

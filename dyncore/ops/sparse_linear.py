@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.utils.flop_counter import register_flop_formula
 
-from dyncore.ops.autograd import first_derivative_only, wants_grad
+from dyncore.backends import cpu_sparse
+from dyncore.break_even import NEVER
+from dyncore.execution import mode
+from dyncore.ops.autograd import first_derivative_only, unseen, wants_grad
 from dyncore.ops.checks import any_autocast, autocast, expect_dims, expect_shape, expect_tensor, flattened
 from dyncore.ops.flops import holds_no_data
 from dyncore.ops.masked import dense_from
@@ -47,6 +51,15 @@ class _SparseLinear(torch.autograd.Function):
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), None
 
 
+def _check(h: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    expect_dims("h", h)
+    expect_tensor("weight", weight, like=h, of="h")
+    expect_shape("weight", weight, "N I", (None, h.shape[-1]))
+    if bias is not None:
+        expect_tensor("bias", bias, like=h, of="h")
+        expect_shape("bias", bias, "N", (weight.shape[0],))
+
+
 def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """weight h + bias, skipping the zeros of h: exact at any sparsity, for h of any origin and sign.
 
@@ -63,23 +76,21 @@ def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     devices than CPUs), "auto" is torch's linear. Products accumulate in float32 (float64 for float64). Raises TypeError
     on dtypes and on what is no tensor, ValueError on shapes or devices.
     """
-    expect_tensor("h", h)
-    if torch.compiler.is_compiling() or any_autocast():
+    # what else than Dynamo compiles has tensors without data, which do not fit
+    fit = 0 if is_dynamo_compiling() or any_autocast() else cpu_sparse.sparse_linear_fits(h, weight, bias)
+    if not fit:
+        expect_tensor("h", h)
         h, weight, bias = autocast(h, weight, bias)  # type: ignore[assignment]
+        _check(h, weight, bias)
     shape = h.shape
     if len(shape) != 2:
-        expect_dims("h", h)
         h = flattened(h)
-    expect_tensor("weight", weight, like=h, of="h")
-    expect_shape("weight", weight, "N I", (None, shape[-1]))
-    if bias is not None:
-        expect_tensor("bias", bias, like=h, of="h")
-        expect_shape("bias", bias, "N", (weight.shape[0],))
-    skip = dense_from("sparse_linear", h, weight)
+    skip = NEVER if fit == 2 and mode() != "masked" else dense_from("sparse_linear", h, weight)
     if skip is None:
         out = F.linear(h, weight, bias)
     elif wants_grad(h, weight, bias):
         out = _SparseLinear.apply(h, weight, bias, skip)
     else:
-        out = _forward(h, weight, bias, skip)
+        forward = cpu_sparse.sparse_linear if fit and unseen() else _forward
+        out = forward(h, weight, bias, skip)
     return out if len(shape) == 2 else out.view(*shape[:-1], weight.shape[0])

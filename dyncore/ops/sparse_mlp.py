@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.utils.flop_counter import register_flop_formula
 
 from dyncore import activations
-from dyncore.ops.autograd import first_derivative_only, wants_grad
+from dyncore.backends import cpu_sparse
+from dyncore.ops.autograd import first_derivative_only, unseen, wants_grad
 from dyncore.ops.checks import any_autocast, autocast, expect_dims, expect_shape, expect_tensor, flattened
 from dyncore.ops.flops import holds_no_data
 from dyncore.ops.masked import dense_from
@@ -91,7 +93,8 @@ class _SparseMLP(torch.autograd.Function):
 
 
 def _check(x: Tensor, w_in: Tensor, w_out: Tensor, b_in: Tensor | None, b_out: Tensor | None, gated: bool) -> None:
-    width = x.shape[1]
+    expect_dims("x", x)
+    width = x.shape[-1]
     expect_tensor("w_out", w_out, like=x)
     expect_shape("w_out", w_out, "H I", (width, None))
     inner = w_out.shape[1] * 2 if gated else w_out.shape[1]
@@ -141,14 +144,17 @@ def sparse_mlp(
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if save not in SAVE:
         raise ValueError(f"save: expected one of {', '.join(SAVE)}, got {save!r}")
-    expect_tensor("x", x)
-    if torch.compiler.is_compiling() or any_autocast():
+    gated = activation == "reglu"
+    # what else than Dynamo compiles has tensors without data, which do not fit
+    plain = not (is_dynamo_compiling() or any_autocast())
+    fit = plain and cpu_sparse.sparse_mlp_fits(x, w_in, w_out, b_in, b_out, gated)
+    if not fit:
+        expect_tensor("x", x)
         x, w_in, w_out, b_in, b_out = autocast(x, w_in, w_out, b_in, b_out)  # type: ignore[assignment]
+        _check(x, w_in, w_out, b_in, b_out, gated)
     shape = x.shape
     if len(shape) != 2:
-        expect_dims("x", x)
         x = flattened(x)
-    _check(x, w_in, w_out, b_in, b_out, activation == "reglu")
     skip = dense_from("sparse_mlp", x, w_in, w_out)
     if skip is None:
         out = F.linear(activations.hidden(F.linear(x, w_in, b_in), activation), w_out, b_out)
@@ -156,5 +162,6 @@ def sparse_mlp(
         capacity = -1 if is_eager_cpu(x) else x.shape[0] * w_out.shape[1]
         out = _SparseMLP.apply(x, w_in, w_out, b_in, b_out, activation, skip, save, capacity)
     else:
-        out = _forward(x, w_in, w_out, b_in, b_out, activation, skip, "none", 0)[0]
+        forward = cpu_sparse.sparse_mlp if fit and unseen() else _forward
+        out = forward(x, w_in, w_out, b_in, b_out, activation, skip, "none", 0)[0]
     return out if len(shape) == 2 else out.view(shape)

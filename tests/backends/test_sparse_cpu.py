@@ -118,7 +118,8 @@ def test_all_ways_to_save_give_the_same_bits(isa, dtype, activation, major):
 
 @pytest.mark.parametrize("activation", ["relu", "reglu"])
 def test_the_bits_of_an_mlp_do_not_depend_on_the_thread_count(isa, threads, dtype, activation):
-    for rows, width, inner, major in ((1, 1030, 1030, True), (3, 300, 1030, False), (200, 70, 520, True)):
+    sizes = (1, 1030, 1030, True), (3, 300, 1030, False), (70, 60, 1030, True), (200, 70, 520, True)
+    for rows, width, inner, major in sizes:
         args = mlp(rows, width, inner, activation, dtype, 1.0, major)
         grad, results = torch.randn(rows, width).to(dtype), []
         for count in (1, 2, 3):
@@ -155,7 +156,8 @@ def test_linear_at_any_size_and_density(isa, dtype):
 
 
 def test_the_bits_of_a_linear_do_not_depend_on_the_thread_count(isa, threads, dtype):
-    for rows, inner, width, major in ((1, 4000, 1030, True), (3, 1050, 700, False), (200, 520, 300, True)):
+    sizes = (1, 4000, 1030, True), (3, 1050, 700, False), (70, 3000, 300, True), (200, 520, 300, True)
+    for rows, inner, width, major in sizes:
         h, weight, bias = linear_problem(rows, inner, width, 0.1, dtype, major)
         grad, results = torch.randn(rows, width).to(dtype), []
         for count in (1, 2, 3):

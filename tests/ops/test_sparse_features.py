@@ -1,8 +1,13 @@
 """The sparse ops in what PyTorch offers around an op: compile, export, checkpointing, autocast, opcheck, derivatives."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 import dyncore as dc
@@ -225,3 +230,85 @@ def test_fake_and_meta_tensors_give_shapes():
             assert out.device.type == "meta"
             assert out.shape == (37, 33)
             assert grads(out, p, out)["w_in"].shape == (142, 33)
+
+
+class _Names(TorchDispatchMode):
+    """Notes the ops that reach PyTorch's dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+class _FunctionNames(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if hasattr(func, "name"):
+            self.seen.add(func.name() if callable(func.name) else func.name)
+        return func(*args, **(kwargs or {}))
+
+
+class _Named(torch.Tensor):
+    """A tensor with data that notes the ops it meets."""
+
+    seen: ClassVar[set[str]] = set()
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, plain):
+        tensor = torch.Tensor._make_subclass(cls, plain)
+        tensor.plain = plain
+        return tensor
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        cls.seen.add(func.name())
+        return func(*tree_map_only(cls, lambda t: t.plain, args), **(kwargs or {}))
+
+
+_CALLS = {"dyncore::sparse_linear": dc.sparse_linear, "dyncore::sparse_mlp": dc.sparse_mlp}
+
+
+def _one_row(op):
+    """Arguments as inference has them, with which an op is called straight where nothing is there to see it."""
+    x, w_in, w_out, b_in, b_out = [t.detach() for t in problem(1, 16, 64, "relu", torch.float32, major=True).values()]
+    return [torch.relu(w_in[:, :1].t()), w_out, b_out] if op.endswith("linear") else [x, w_in, w_out, b_in, b_out]
+
+
+@pytest.mark.parametrize("op", _CALLS)
+def test_modes_and_the_profiler_see_the_op(op):
+    args = _one_row(op)
+    want = _CALLS[op](*args)
+    for mode in (_Names(), _FunctionNames()):
+        with mode:
+            assert torch.equal(_CALLS[op](*args), want)
+        assert op in mode.seen
+    with torch.profiler.profile() as profile:
+        _CALLS[op](*args)
+    assert op in {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize("op", _CALLS)
+def test_a_tensor_of_a_class_of_its_own_sees_the_op(op):
+    args = _one_row(op)
+    want = _CALLS[op](*args)
+    for i, plain in enumerate(args):
+        _Named.seen.clear()
+        assert torch.equal(_CALLS[op](*args[:i], _Named(plain), *args[i + 1 :]), want)
+        assert op in _Named.seen
+
+
+@pytest.mark.parametrize("op", _CALLS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_holds_the_op_and_no_constant(op):
+    first, *rest = _one_row(op)
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda x: _CALLS[op](x, *rest), (first,), check_trace=False)
+        assert torch.equal(traced(first + 1), _CALLS[op](first + 1, *rest))

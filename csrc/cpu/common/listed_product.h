@@ -98,20 +98,23 @@ inline void sum_listed(const Lists<T>& lists, int64_t r0, int64_t r1, const Righ
     const List<T> list{lists.index + at, lists.value + at, lists.first(r0, lists.segments) - at};
     return sum_stream(list, b.data + n0, b.stride_k, sums + (rows ? rows[r0] : r0) * stride + n0, n1 - n0);
   }
-  const auto fetch = [&](int64_t s, int64_t n) {
-    const int64_t width = n1 - n < kSumColumns ? n1 - n : kSumColumns, first = lists.segment_first[s];
-    if (!used.columns) return FetchRows<T>(b, nullptr, first, lists.segment_first[s + 1] - first, n, width, r1 - r0);
-    return FetchRows<T>(b, used.columns + used.first[s], 0, used.first[s + 1] - used.first[s], n, width, r1 - r0);
-  };
+  const auto columns = [&](int64_t n) { return n1 - n < kSumColumns ? n1 - n : kSumColumns; };
+  const int64_t parts = (n1 - n0 + kSumColumns - 1) / kSumColumns, steps = r1 - r0;
+  FetchRows<T> next;
   for (int64_t s = 0; s < lists.segments; ++s) {
     const int64_t first = lists.segment_first[s], end = lists.segment_first[s + 1];
+    if (used.columns && s + 1 < lists.segments) {  // whole rows, so that each page of them is looked up once
+      const int64_t at = used.first[s + 1];
+      next = FetchRows<T>(b, used.columns + at, 0, used.first[s + 2] - at, n0, n1 - n0, steps * parts);
+    }
     for (int64_t n = n0; n < n1; n += kSumColumns) {
-      const int64_t width = n1 - n < kSumColumns ? n1 - n : kSumColumns;
-      FetchRows<T> next;
-      if (n + width < n1) {
-        next = fetch(s, n + width);
-      } else if (s + 1 < lists.segments) {
-        next = fetch(s + 1, n0);
+      const int64_t width = columns(n);
+      if (!used.columns) {
+        if (n + width < n1) {
+          next = FetchRows<T>(b, nullptr, first, end - first, n + width, columns(n + width), steps);
+        } else if (s + 1 < lists.segments) {
+          next = FetchRows<T>(b, nullptr, end, lists.segment_first[s + 2] - end, n0, columns(n0), steps);
+        }
       }
       const ListedRows<T> at = listed_rows(b, first, end, n, width, panel);
       for (int64_t r = r0; r < r1; ++r) {
