@@ -180,39 +180,26 @@ inline int64_t fixed_segments(int64_t columns, int32_t* first) {
   return count;
 }
 
-// The same by the union of all rows' bits, of which it sets `count`.
+// The same by the union of all rows' bits, which it lists too: used[0:result of union_first[count]].
 inline int64_t union_segments(const Workspace<uint32_t>& words, int64_t rows, int64_t columns, int32_t* first,
-                              int64_t* count) {
-  int64_t segments = 0, before = 0, in_segment = 0;
+                              int32_t* used, int64_t* used_first) {
+  int64_t count = 0, at = 0, in_segment = 0;
   first[0] = 0;
+  used_first[0] = 0;
   for (int64_t w = 0; w < panels_of(columns); ++w) {
     uint32_t any = 0;
     for (int64_t r = 0; r < rows; ++r) any |= words.row(r)[w];
     if (in_segment >= kFewSegment) {
-      first[++segments] = static_cast<int32_t>(w * NC);
-      before += in_segment;
+      first[++count] = static_cast<int32_t>(w * NC);
+      used_first[count] = at;
       in_segment = 0;
     }
     in_segment += __builtin_popcount(any);
+    for (; any; any &= any - 1) used[at++] = static_cast<int32_t>(w * NC + __builtin_ctz(any));
   }
-  first[++segments] = static_cast<int32_t>(columns);
-  *count = before + in_segment;
-  return segments;
-}
-
-// The columns that any of `rows` has, by segments: used[used_first[s]:used_first[s + 1]].
-inline void list_union(const Workspace<uint32_t>& words, const int32_t* rows, int64_t count,
-                       const int32_t* segment_first, int64_t segments, int32_t* used, int64_t* used_first) {
-  int64_t at = 0;
-  for (int64_t s = 0; s < segments; ++s) {
-    used_first[s] = at;
-    for (int64_t w = segment_first[s] / NC; w < panels_of(segment_first[s + 1]); ++w) {
-      uint32_t any = 0;
-      for (int64_t r = 0; r < count; ++r) any |= words.row(rows[r])[w];
-      for (; any; any &= any - 1) used[at++] = static_cast<int32_t>(w * NC + __builtin_ctz(any));
-    }
-  }
-  used_first[segments] = at;
+  first[++count] = static_cast<int32_t>(columns);
+  used_first[count] = at;
+  return count;
 }
 
 inline int64_t most_segments(int64_t columns) {

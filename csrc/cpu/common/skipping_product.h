@@ -44,8 +44,8 @@ class SkippingProduct {
     p.segment_first_ = {1, segments + 1};
     p.index_ = {1, rows * columns};
     p.value_ = {1, rows * columns};
-    p.used_ = {few ? threads : 0, columns};
-    p.used_first_ = {few ? threads : 0, segments + 1};
+    p.used_ = {1, few ? columns : 0};
+    p.used_first_ = {1, few ? segments + 1 : 0};
     p.sparse_rows_ = {1, rows};
     p.dense_rows_ = {1, rows};
     if (crowd && !kWidenRows<T> && MR > kL1Ways && !few && dense_from < 1)
@@ -102,11 +102,9 @@ class SkippingProduct {
       at += counts.data[r];
       sparse_rows_.data[sparse_++] = static_cast<int32_t>(r);
     }
-    read_ = columns_;
-    segments_ = few_ ? union_segments(words, rows, columns_, segment_first_.data, &read_)
+    segments_ = few_ ? union_segments(words, rows, columns_, segment_first_.data, used_.data, used_first_.data)
                      : fixed_segments(columns_, segment_first_.data);
-    sparse_cut_ =
-        few_ ? ColumnCut::of_pages(width_, sparse_, threads_) : ColumnCut::of_tiles(width_, sparse_, threads_);
+    sparse_cut_ = ColumnCut(width_, sparse_, threads_);
     sparse_items_.share(sparse_cut_.items());
     dense_items_.share(dense_ > 0 ? (panels_of(width_) + at_once() - 1) / at_once() : 0);
   }
@@ -143,23 +141,22 @@ class SkippingProduct {
   }
 
   // Elements of the right operand that are read, at least.
-  int64_t elements() const { return read_ * width_; }
+  int64_t elements() const { return (few_ ? used_first_.data[segments_] : columns_) * width_; }
 
  private:
-  // Columns of the result by parts of a page or less, and rows by parts where threads are many.
+  // Columns of the result by parts of a page or so, and rows by parts where threads are many.
   class ColumnCut {
    public:
     ColumnCut() = default;
-    static ColumnCut of_tiles(int64_t width, int64_t rows, int threads) {
-      const int64_t tiles = (width + kSumColumns - 1) / kSumColumns, share = (tiles + threads - 1) / threads;
-      return {width, rows, share < kPageTiles ? share : kPageTiles, threads, 2};
-    }
-    // Whole pages of columns where that leaves every thread rows enough: finding where a page lies takes as long as
-    // reading half of it.
-    static ColumnCut of_pages(int64_t width, int64_t rows, int threads) {
-      const int64_t pages = (width - 1) / (kPageTiles * kSumColumns) + 1, parts = threads / pages;
-      if (parts < 2 || rows < parts * kRowsOfPart) return of_tiles(width, rows, threads);
-      return {width, rows, kPageTiles, threads, 1};
+    ColumnCut(int64_t width, int64_t rows, int threads) : width_(width), rows_(rows) {
+      const int64_t tiles = (width + kSumColumns - 1) / kSumColumns, page = 4096 / static_cast<int64_t>(sizeof(T));
+      int64_t wide = (tiles + threads - 1) / threads;
+      if (wide * kSumColumns > page && page >= kSumColumns) wide = page / kSumColumns;
+      if (wide < 1) wide = 1;
+      columns_ = wide * kSumColumns;
+      column_parts_ = (width + columns_ - 1) / columns_;
+      row_parts_ = column_parts_ > 0 && threads > column_parts_ ? 2 * threads / column_parts_ : 1;
+      if (row_parts_ > rows / 32 + 1) row_parts_ = rows / 32 + 1;
     }
     struct Item {
       int64_t r0, r1, n0, n1;
@@ -172,16 +169,6 @@ class SkippingProduct {
     }
 
    private:
-    static constexpr int64_t kPage = 4096 / static_cast<int64_t>(sizeof(T));
-    static constexpr int64_t kPageTiles = kPage < kSumColumns ? 1 : kPage / kSumColumns, kRowsOfPart = 16;
-
-    ColumnCut(int64_t width, int64_t rows, int64_t tiles, int threads, int each)
-        : width_(width), rows_(rows), columns_((tiles > 0 ? tiles : 1) * kSumColumns) {
-      column_parts_ = (width + columns_ - 1) / columns_;
-      row_parts_ = column_parts_ > 0 && threads > column_parts_ ? each * threads / column_parts_ : 1;
-      if (row_parts_ > rows / kRowsOfPart) row_parts_ = rows < kRowsOfPart ? 1 : rows / kRowsOfPart;
-    }
-
     int64_t width_ = 0, rows_ = 0, columns_ = 0, column_parts_ = 0, row_parts_ = 1;
   };
 
@@ -194,13 +181,7 @@ class SkippingProduct {
   }
 
   void sparse_part(const typename ColumnCut::Item& item, int thread) {
-    Used used;
-    if (few_) {
-      used = {used_.row(thread), used_first_.row(thread), sparse_};
-      if (sparse_ > 1)
-        list_union(words, sparse_rows_.data + item.r0, item.r1 - item.r0, segment_first_.data, segments_,
-                   used_.row(thread), used_first_.row(thread));
-    }
+    const Used used{few_ ? used_.data : nullptr, used_first_.data, sparse_};
     float* sums;
     int64_t stride;
     if constexpr (kIsFloat<T>) {
@@ -270,8 +251,8 @@ class SkippingProduct {
   T* out_ = nullptr;
   float dense_from_ = 0;
   int threads_ = 1;
-  int64_t first_ = 0, sparse_ = 0, dense_ = 0, segments_ = 0, read_ = 0;  // of the block
-  Workspace<int64_t> offsets_ = {};                                       // [sparse rows, segments + 1]
+  int64_t first_ = 0, sparse_ = 0, dense_ = 0, segments_ = 0;  // of the block
+  Workspace<int64_t> offsets_ = {};                            // [sparse rows, segments + 1]
   Workspace<int32_t> segment_first_ = {}, index_ = {}, used_ = {};
   Workspace<Value<T>> value_ = {};
   Workspace<int64_t> used_first_ = {};
