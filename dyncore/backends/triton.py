@@ -83,6 +83,15 @@ def scatter_rows(
     return out
 
 
+def _target(x: Tensor):
+    """The device of x as launchers want it; the interpreter plays an sm_80 of few multiprocessors."""
+    from dyncore.kernels.common.configs import Target, architecture, device_facts
+
+    if not x.is_cuda:
+        return Target(architecture(_OLDEST), 3, False)
+    return Target(*device_facts(x.device.index), torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
 def grouped_linear(
     x: Tensor,
     weight: Tensor,
@@ -100,10 +109,34 @@ def grouped_linear(
     plan = (rows, offsets, scale, row_offsets, row_slots)
     if not _can_launch(x, weight, bias):
         return reference.grouped_linear(x, weight, bias, *plan, activation, gather, scatter, save)
-    from dyncore.kernels import grouped_linear as kernel
+    from dyncore.kernels import grouped_linear as kernels
 
     reference.check_plan(rows, offsets, row_offsets.shape[0] - 1)
-    arch = kernel.architecture(torch.cuda.get_device_capability(x.device) if x.is_cuda else _OLDEST)
-    tf32 = x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
     with _on(x):
-        return kernel.grouped_linear(x, weight, bias, *plan, activation, gather, scatter, save, arch=arch, tf32=tf32)
+        return kernels.grouped_linear(x, weight, bias, *plan, activation, gather, scatter, save, target=_target(x))
+
+
+def grouped_mlp(
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    residual: Tensor | None,
+    rows: Tensor,
+    offsets: Tensor,
+    scale: Tensor | None,
+    row_offsets: Tensor,
+    row_slots: Tensor,
+    activation: str,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    tensors = (x, w_in, w_out, b_in, b_out, residual)
+    plan = (rows, offsets, scale, row_offsets, row_slots)
+    if not _can_launch(*tensors):
+        return reference.grouped_mlp(*tensors, *plan, activation, save)
+    from dyncore.kernels import grouped_mlp as kernels
+
+    reference.check_plan(rows, offsets, row_offsets.shape[0] - 1)
+    with _on(x):
+        return kernels.grouped_mlp(*tensors, *plan, activation, save, target=_target(x))
