@@ -27,6 +27,9 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
+        cuda = os.environ.get("DYNCORE_CUDA") or "auto"
+        if cuda not in ("auto", "0", "1"):
+            raise SystemExit(f"DYNCORE_CUDA: expected auto, 0 or 1, got {cuda!r}")
         configure = [
             "cmake",
             "-S",
@@ -39,6 +42,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DDYNCORE_CUDA={cuda}",
         ]
         subprocess.run(configure, check=True)
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
