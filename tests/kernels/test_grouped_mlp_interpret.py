@@ -48,23 +48,28 @@ def check(p, plan, activation) -> None:
     assert torch.equal(out[idle], torch.zeros_like(out[idle]) if p[5] is None else p[5][idle])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_every_activation_and_dtype(activation, dtype):
-    plan = make_plan("routed", 37, 5, dtype)
-    check(problem(plan, activation, dtype), plan, activation)
+def test_every_activation(activation):
+    plan = make_plan("routed", 23, 4, torch.float32)
+    check(problem(plan, activation), plan, activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype(dtype):
+    plan = make_plan("routed", 23, 4, dtype)
+    check(problem(plan, "swiglu", dtype), plan, "swiglu")
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("kind", PLAN_KINDS)
 def test_every_kind_of_plan(kind, activation):
-    plan = make_plan(kind, 29, 4, torch.float32)
+    plan = make_plan(kind, 17, 4, torch.float32)
     check(problem(plan, activation), plan, activation)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 def test_many_rows_of_whole_16_bytes(activation):
-    plan = make_plan("routed", 250, 3, torch.float32)
+    plan = make_plan("routed", 90, 2, torch.float32)
     check(problem(plan, activation, torch.bfloat16, 64, 160), plan, activation)
 
 
@@ -75,9 +80,7 @@ def test_without_biases_scale_and_residual(activation):
     check([x, w_in, w_out, None, None, None], plan, activation)
 
 
-@pytest.mark.parametrize("i", [0, 5])
-@pytest.mark.parametrize("h", [0, 5])
-@pytest.mark.parametrize("num_rows", [0, 4])
+@pytest.mark.parametrize(("num_rows", "h", "i"), [(0, 5, 5), (4, 0, 5), (4, 5, 0)])
 def test_empty_dimensions(num_rows, h, i):
     plan = dc.route(torch.zeros(num_rows, 1, dtype=torch.long), num_groups=2)
     check(problem(plan, "swiglu", h=h, i=i), plan, "swiglu")
