@@ -72,8 +72,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (stage) {
     unsigned* const staged = shared_memory<unsigned>();
     for (int s = thread; s < sequence; s += kThreads) staged[s] = keys.read(s);
-    keys.staged = staged;
-    __syncthreads();
+    keys.staged = staged;  // each thread will read those it wrote
   }
   int ties = 0;
   const unsigned bound = k > 0 ? kth_best(keys, sequence, k, &ties) : 0xffffffffu;
