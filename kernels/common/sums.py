@@ -2,7 +2,7 @@
 Floor 0, shared by the backward kernels.
 
 Row sums ([A], gradients of scales) come as [pieces, A], a piece a tile of columns. Column sums ([G, N], gradients of
-biases) come as [tiles, N], a piece a tile of slots, numbered as in tiles.py.
+biases) come as [tiles, N], a piece a tile of slots, numbered as in tiles.py. Whole tensors come as [pieces, ...].
 """
 
 import torch
@@ -13,6 +13,7 @@ from .tiles import block_of_groups, first_tile
 
 BLOCK_A = 256  # slots a program sums
 BLOCK_T, BLOCK_N = 16, 128  # tiles in a load, and columns a program sums
+BLOCK = 1024  # elements of a tensor that a program sums
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_groups", "num_first", "num_second"])
@@ -80,3 +81,24 @@ def column_sums(pieces: torch.Tensor, block_m: int, offsets: torch.Tensor, out: 
             pieces, offsets, out, n, BM=block_m, BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N,
             BLOCK_G=block_of_groups(num_groups), num_warps=4,
         )  # fmt: skip
+
+
+@triton.jit
+def pieces_kernel(
+    pieces,  # [num_pieces, size]
+    out,  # [size]
+    num_pieces,
+    size,
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    total = tl.zeros([BLOCK], tl.float32)
+    for piece in range(num_pieces):
+        total += tl.load(pieces + tl.cast(piece, tl.int64) * size + i, mask=i < size, other=0.0)
+    tl.store(out + i, total.to(out.dtype.element_ty), mask=i < size)
+
+
+def sum_pieces(pieces: torch.Tensor, out: torch.Tensor) -> None:
+    """Writes out, contiguous, the sum of pieces [num_pieces, ...]."""
+    grid = (triton.cdiv(out.numel(), BLOCK),)
+    pieces_kernel[grid](pieces, out, pieces.shape[0], out.numel(), BLOCK=BLOCK, num_warps=4)

@@ -11,6 +11,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from dyncore.kernels import grouped_linear as linear
 from dyncore.kernels import grouped_mlp as mlp
 from dyncore.kernels.common import configs
+from dyncore.kernels.common.weight_gradient import num_pieces
 from tests.kernels.aot import (
     TENSOR_CORES,
     check_fits,
@@ -106,6 +107,15 @@ def test_linear(activation, kernels):
     assert copy.has(r"LDG\.E\S*\.128")
     assert copy.has(r"STG\.E\S*\.128")
     check_weight_gradient(90, "half", binaries[3])
+
+
+def test_pieces_of_a_weight_gradient_fill_the_device_but_stay_long_enough_to_pay():
+    config, device = configs.Config(128, 256, 64, 8, 4, 1), configs.Target(90, 132, False)
+    assert num_pieces(device, config, 16384, 1, 72) == 1
+    assert num_pieces(device, config, 16384, 1, 8) == 16
+    assert num_pieces(device, config, 2048, 1, 8) == 4
+    assert num_pieces(device, config, 100, 1, 8) == 1
+    assert num_pieces(device, config, 16384, 8, 8 * 8) == 2
 
 
 @pytest.mark.parametrize("arch", [80, 90])

@@ -11,6 +11,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import dyncore as dc
 from dyncore.backends import reference
 from dyncore.backends import triton as backend
+from dyncore.kernels.common import weight_gradient
+from dyncore.kernels.common.sums import sum_pieces
 from tests.support import ACTIVATIONS, GATED, PLAN_KINDS, assert_gradients, make_plan
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -88,6 +90,16 @@ def test_linear_every_dtype(dtype):
     plan = make_plan("routed", 40, 3, dtype)
     for activation in ("none", "silu"):
         check_linear(linear_problem(plan, activation, True, True, dtype, 64, 144), plan, activation)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+def test_a_weight_gradient_made_in_pieces(density, monkeypatch):
+    made = []
+    monkeypatch.setattr(weight_gradient, "sum_pieces", lambda *args: made.append(1) or sum_pieces(*args))
+    mask = torch.rand(300) < density
+    plan = dc.Plan(*torch.ops.dyncore.plan_mask(mask, 300)[:2], None, 300, *torch.ops.dyncore.plan_mask(mask, 300)[2:])
+    check_linear(linear_problem(plan, "none", True, True, k=32, n=48), plan, needs=(False, True, False, False))
+    assert made
 
 
 def test_linear_without_scale():
