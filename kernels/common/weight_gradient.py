@@ -24,7 +24,7 @@ CONFIGS: dict[int, dict[str, Config]] = {
     90: {"half": Config(128, 256, 64, 8, 4, 1), "tf32": Config(128, 128, 32, 8, 4, 1), "ieee": IEEE},
     100: {"half": Config(128, 256, 64, 8, 4, 1), "tf32": Config(128, 128, 32, 8, 4, 1), "ieee": IEEE},
 }
-UNALIGNED = Config(64, 64, 32, 4, 3, 2)  # a pointer an element: a smaller tile keeps them in registers
+UNALIGNED = Config(64, 64, 32, 8, 3, 1)  # a pointer an element: a smaller tile keeps them in registers
 
 # ---------------------------------------------------------------- kernel
 

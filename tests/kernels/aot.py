@@ -18,11 +18,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.driver import driver
 
-from dyncore.kernels.common.configs import Target
+from dyncore.kernels.common.configs import CONFIGS, Target
 
 # The least shared memory of a multiprocessor and of a program, in bytes, on the architectures of each key of CONFIGS
 SHARED_MEMORY = {80: (164 * 1024, 163 * 1024), 86: (100 * 1024, 99 * 1024), 90: (228 * 1024, 227 * 1024)}
 SHARED_MEMORY[100] = SHARED_MEMORY[90]
+# float32 on the FMA units is compiled for the oldest and for Hopper: it has the same tilings everywhere
+COMBINATIONS = [(a, b) for a in CONFIGS for b in ("half", "tf32", "ieee") if b != "ieee" or a in (80, 90)]
 # The tensor-core instructions; at BM = 16 Hopper and Blackwell have but Ampere's
 TENSOR_CORES = {80: "HMMA", 86: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -65,8 +67,8 @@ class Driver:
         return 0
 
 
-def compile_for(arch: int, call: Callable[[], object]) -> list[Binary]:
-    """The binaries of the kernels that `call` launches, in order."""
+def compile_for(arch: int, call: Callable[[], object], only: tuple[str, ...] | None = None) -> list[Binary]:
+    """The binaries of the kernels that `call` launches, in order; `only` those named, without "_kernel"."""
     launches = []
 
     def catch(*, fn, compile, **_):
@@ -76,7 +78,8 @@ def compile_for(arch: int, call: Callable[[], object]) -> list[Binary]:
     with mock.patch.object(driver, "_active", Driver(arch)):
         with mock.patch.object(triton.knobs.runtime, "jit_cache_hook", catch):
             call()
-        return [_build(arch, *launch) for launch in launches]
+        wanted = [(f, spec) for f, spec in launches if only is None or f.fn.__name__.removesuffix("_kernel") in only]
+        return [_build(arch, *launch) for launch in wanted]
 
 
 _built: dict = {}
