@@ -2,6 +2,8 @@
 // checked here; what indices hold is not, as that would wait for the device.
 #include "bindings/cuda.h"
 
+#include <algorithm>
+
 #include "bindings/plan.h"
 #include "cuda/kernels.h"
 
@@ -77,6 +79,28 @@ void plan_route(py::handle expert_, py::handle rows_, py::handle offsets_, py::h
   run(device_of(expert, lists), [&](void* stream) {
     cuda::plan_route(expert.data(), expert.type() == kInt64, k, sources.data<int32_t>(), plan,
                      workspace.data<int32_t>(), stream);
+  });
+}
+
+void plan_route_topk(py::handle logits_, int64_t k, bool normalize, py::handle rows_, py::handle offsets_,
+                     py::handle row_offsets_, py::handle row_slots_, py::handle sources_, py::handle scale_,
+                     py::handle expert_, py::handle workspace_) {
+  const Contiguous logits = contiguous("logits", logits_);
+  logits.expect_dims(2);
+  logits.expect_type(kFloat);
+  const int64_t num_rows = logits.size(0), groups = logits.size(1), most = std::min(groups, cuda::kMostChosen);
+  if (k < 1 || k > most) throw py::value_error("k: expected 1.." + std::to_string(most) + ", got " + std::to_string(k));
+  const NewPlan lists(rows_, offsets_, row_offsets_, row_slots_, Device::cuda);
+  const PlanBuffers plan = lists.expect(num_rows, groups, num_rows * k);
+  const Output sources("sources", sources_, kNeeded, Device::cuda), scale("scale", scale_, kNeeded, Device::cuda),
+      expert("expert", expert_, kNeeded, Device::cuda);
+  sources.expect(kInt32, {plan.capacity});
+  scale.expect(kFloat, {plan.capacity});
+  expert.expect(kInt32, {num_rows, k});
+  const Workspace workspace(workspace_, cuda::plan_route_topk_workspace(num_rows, k, groups));
+  run(device_of(logits, lists), [&](void* stream) {
+    cuda::plan_route_topk(logits.data<const float>(), k, normalize, expert.data<int32_t>(), sources.data<int32_t>(),
+                          scale.data<float>(), plan, workspace.data<int32_t>(), stream);
   });
 }
 
@@ -165,6 +189,9 @@ void define_cuda(py::module_& module) {
   m.def("plan_mask", &plan_mask);
   m.def("plan_route_workspace", &cuda::plan_route_workspace);
   m.def("plan_route", &plan_route);
+  m.attr("MOST_CHOSEN") = cuda::kMostChosen;
+  m.def("plan_route_topk_workspace", &cuda::plan_route_topk_workspace);
+  m.def("plan_route_topk", &plan_route_topk);
   m.def("plan_topk", &plan_topk);
   m.def("plan_inverse_workspace", &cuda::plan_inverse_workspace);
   m.def("plan_inverse", &plan_inverse);

@@ -40,6 +40,14 @@ int64_t plan_route_workspace(int64_t num_rows, int64_t k, int64_t groups);
 void plan_route(const void* expert, bool wide, int64_t k, int32_t* sources, const PlanBuffers& plan, int32_t* workspace,
                 Stream stream);
 
+// The router: each of num_rows rows of logits [T][G], float, goes to the k groups of its highest logits; NaN ranks
+// highest, ties go to the lower group. Weights are the softmax over all groups, or (normalize) over those chosen.
+// expert[T][k] in falling order of the logits; scale[a] is the weight of slot a; capacity is T*k.
+constexpr int64_t kMostChosen = 32;  // k
+int64_t plan_route_topk_workspace(int64_t num_rows, int64_t k, int64_t groups);
+void plan_route_topk(const float* logits, int64_t k, bool normalize, int32_t* expert, int32_t* sources, float* scale,
+                     const PlanBuffers& plan, int32_t* workspace, Stream stream);
+
 // The k highest of each of `batch` sequences: NaN ranks highest, ties go to the lower index.
 void plan_topk(const void* scores, Dtype dtype, int64_t batch, int64_t sequence, int64_t k, const PlanBuffers& plan,
                Stream stream);

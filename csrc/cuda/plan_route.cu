@@ -1,23 +1,7 @@
 // plan_route: the slots of top-k routing. Each entry of expert [T, k] is an item.
-#include "cuda/common/counting_sort.h"
+#include "cuda/common/route_keys.h"
 
 namespace dyncore::cuda {
-
-namespace {
-
-template <class Index>
-struct RouteKeys {
-  const Index* expert;
-  int groups;
-
-  __device__ unsigned operator()(int64_t item, int) const {
-    const Index e = expert[item];
-    return static_cast<unsigned>(e >= 0 && e < groups ? e : groups);
-  }
-  __device__ int source(int64_t item) const { return static_cast<int>(item); }
-};
-
-}  // namespace
 
 int64_t plan_route_workspace(int64_t num_rows, int64_t k, int64_t groups) {
   return k == 0 || groups == 0 ? 0 : tile(num_rows, k, groups).workspace(groups);

@@ -13,14 +13,6 @@ constexpr int kThreads = 1024;
 constexpr int kDigits = 256;
 constexpr int64_t kMostStaged = 10240;  // keys, in 40 KB
 
-// An unsigned integer of the same order; NaN above everything and the two zeros equal.
-__device__ unsigned ordered(float x) {
-  const unsigned bits = bits_of(x), magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return 0xffffffffu;
-  if (magnitude == 0) return 0x80000000u;
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-
 struct Keys {
   const void* scores;  // of the block's sequence
   Dtype dtype;

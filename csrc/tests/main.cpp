@@ -22,7 +22,7 @@ int main(int argc, char** argv) {
                         {"compressed", test_compressed},
                         {"sparse_linear", test_sparse_linear},
                         {"sparse_mlp", test_sparse_mlp},
-#if !defined(__SANITIZE_THREAD__)
+#if defined(DYNCORE_CUDA_ON_HOST)
                         {"cuda plans", test_cuda_plans},
                         {"cuda rows", test_cuda_rows},
 #endif

@@ -86,6 +86,55 @@ void route(int64_t num_rows, int64_t k, int64_t groups, Fill fill, Random& rando
   }
 }
 
+void route_topk(int64_t num_rows, int64_t groups, int64_t k, bool normalize, Random& random) {
+  set_case(name_of_size("plan_route_topk", num_rows, k, groups, num_rows * k) + (normalize ? ", normalized" : ""));
+  Buffer<float> logits(num_rows * groups);
+  for (int64_t i = 0; i < logits.size(); ++i)
+    logits[i] = static_cast<float>(i % 3 == 0 ? static_cast<double>(random.below(3)) : 2 * random.normal());
+  for (int64_t i = 1; i < std::min(logits.size(), k); i += 2) logits[i] = NAN;
+  std::vector<Slot> slots;
+  Dense weights(num_rows, k), want_scale(num_rows * k, 1), scale_got(num_rows * k, 1);
+  std::vector<int64_t> experts;
+  for (int64_t t = 0; t < num_rows; ++t) {
+    const float* row = logits.data() + t * groups;
+    std::vector<int64_t> order;
+    for (int64_t g = 0; g < groups; ++g) order.push_back(g);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t x, int64_t y) { return std::isnan(row[x]) ? !std::isnan(row[y]) : row[x] > row[y]; });
+    const int64_t summed = normalize ? k : groups;
+    double total = 0;
+    for (int64_t j = 0; j < summed; ++j) total += std::exp(double{row[order[static_cast<size_t>(j)]]} - row[order[0]]);
+    for (int64_t j = 0; j < k; ++j) {
+      const int64_t g = order[static_cast<size_t>(j)];
+      weights(t, j) = std::exp(double{row[g]} - row[order[0]]) / total;
+      experts.push_back(g);
+      slots.push_back({g, t, t * k + j});
+    }
+  }
+  std::sort(slots.begin(), slots.end());
+  in_some_order(2, [&] {
+    MadePlan plan(num_rows * k, groups, num_rows);
+    Buffer<int32_t> expert(num_rows * k), sources(num_rows * k);
+    Buffer<int32_t> workspace(cuda::plan_route_topk_workspace(num_rows, k, groups));
+    Buffer<float> scale(num_rows * k);
+    cuda::plan_route_topk(logits.data(), k, normalize, expert.data(), sources.data(), scale.data(), plan.buffers,
+                          workspace.data(), nullptr);
+    plan.expect_slots(slots);
+    bool good = true, nan = true;
+    for (int64_t i = 0; i < num_rows * k; ++i) {
+      const Slot& slot = slots[static_cast<size_t>(i)];
+      good = good && expert[i] == experts[static_cast<size_t>(i)] && sources[i] == slot.source;
+      const double want = weights(slot.row, slot.source % k);
+      nan = nan && std::isnan(want) == std::isnan(scale[i]);
+      want_scale(i, 0) = std::isnan(want) ? 0 : want;
+      scale_got(i, 0) = std::isnan(scale[i]) ? 0 : double{scale[i]};
+    }
+    expect(good, "experts and sources");
+    expect(nan, "NaN");
+    expect_values("scale", scale_got, want_scale, Dtype::float32);
+  });
+}
+
 void topk(int64_t batch, int64_t sequence, int64_t k, Dtype dtype, bool special, Random& random) {
   set_case(name_of_size("plan_topk", batch, sequence, 1, k) + " " + name_of(dtype));
   // Halves and bfloat16 are made by hand: sign, exponent and fraction of small numbers.
@@ -184,6 +233,17 @@ void test_cuda_plans() {
   route<int32_t>(7, 0, 3, Fill::none, random);
   route<int64_t>(37000, 1, 1000, Fill::some, random);  // two chunks a tile
   route<int32_t>(3, 1024, 4, Fill::some, random);
+  for (bool normalize : {false, true}) {
+    for (int64_t groups : {1, 3, 64, 65, 300}) {
+      for (int64_t k : {int64_t{1}, int64_t{3}, std::min<int64_t>(groups, 32)}) {
+        if (k > groups) continue;
+        route_topk(0, groups, k, normalize, random);
+        route_topk(1, groups, k, normalize, random);
+        route_topk(70, groups, k, normalize, random);
+      }
+    }
+  }
+  route_topk(1400, 8, 2, true, random);
   for (Dtype dtype : kDtypes) {
     for (int64_t sequence : {1, 31, 100, 1500}) {
       for (int64_t k : {int64_t{0}, int64_t{1}, sequence / 3, sequence}) {

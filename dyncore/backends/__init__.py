@@ -17,6 +17,9 @@ SCHEMAS = {
     # mask [T, G], or [T]: one group
     "plan_mask": "(Tensor mask, SymInt capacity) -> (Tensor, Tensor, Tensor, Tensor)",
     "plan_route": "(Tensor expert, int num_groups, SymInt capacity) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # the plan, then sources, scale (the weights) and expert [T, k]
+    "plan_route_topk": "(Tensor logits, int k, bool normalize) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "plan_topk": "(Tensor scores, SymInt k) -> (Tensor, Tensor, Tensor, Tensor)",
     "plan_inverse": "(Tensor rows, Tensor offsets, SymInt num_rows) -> (Tensor, Tensor)",
     "gather_rows": "(Tensor x, Tensor rows, Tensor offsets) -> Tensor",

@@ -108,6 +108,23 @@ def plan_route(expert: Tensor, num_groups: int, capacity: int) -> tuple[Tensor, 
     return *plan, sources
 
 
+def plan_route_topk(logits: Tensor, k: int, normalize: bool) -> tuple[Tensor, ...]:
+    num_rows, num_groups = logits.shape
+    if (
+        not _serves(logits)
+        or logits.dtype != torch.float32
+        or num_groups > native.MOST_GROUPS
+        or k > native.MOST_CHOSEN
+    ):
+        return reference.plan_route_topk(logits, k, normalize, plan_route)
+    slots = num_rows * k
+    plan, sources = _new_plan(logits, num_rows, num_groups, slots), _new_int32(logits, slots)
+    scale, expert = logits.new_empty(slots), logits.new_empty(num_rows, k, dtype=torch.int32)
+    workspace = _new_int32(logits, native.plan_route_topk_workspace(num_rows, k, num_groups))
+    native.plan_route_topk(logits, k, normalize, *plan, sources, scale, expert, workspace)
+    return *plan, sources, scale, expert
+
+
 def plan_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not _serves(scores) or scores.dtype not in _DTYPES:
         return elsewhere("plan_topk")(scores, k)

@@ -15,7 +15,16 @@ import pytest
 from dyncore.backends import cpu
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = ("count_items", "place_items", "select_best", "find_rows", "copy_rows", "combine", "combine_backward")
+KERNELS = (
+    "count_items",
+    "place_items",
+    "choose_groups",
+    "select_best",
+    "find_rows",
+    "copy_rows",
+    "combine",
+    "combine_backward",
+)
 ARCHITECTURES = ("sm_80", "sm_90a")
 
 needs_kernels = pytest.mark.skipif(
@@ -66,7 +75,7 @@ def test_no_kernel_spills():
     assert len(usage) >= 2 * len(KERNELS)
     for name, registers, stack, shared, local in usage:
         assert (int(stack), int(local)) == (0, 0), name
-        assert int(registers) <= 80, name  # three blocks of 256 threads a multiprocessor
+        assert int(registers) <= 128, name  # 16 warps a multiprocessor at least
         assert int(shared) <= 4096, name  # the dynamic part, up to 40 KB, comes beside it
 
 

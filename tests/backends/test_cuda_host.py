@@ -16,6 +16,7 @@ class Native:
     """Takes what dyncore._C.cuda takes, checks it as that does, and writes what the reference says."""
 
     MOST_GROUPS = 1024
+    MOST_CHOSEN = 32
 
     def __init__(self):
         self.called = []
@@ -52,6 +53,18 @@ class Native:
         assert workspace.shape == (5,)
         made = reference.plan_route(expert, offsets.shape[0] - 1, rows.shape[0])
         write((rows, offsets, row_offsets, row_slots, sources), made)
+
+    def plan_route_topk_workspace(self, num_rows, k, groups):
+        return num_rows * k + 5
+
+    def plan_route_topk(
+        self, logits, k, normalize, rows, offsets, row_offsets, row_slots, sources, scale, expert, workspace
+    ):
+        expect_ints(rows, offsets, row_offsets, row_slots, sources, workspace)
+        assert (scale.dtype, expert.dtype) == (torch.float32, INT32)
+        assert workspace.shape[0] == logits.shape[0] * k + 5
+        outputs = (rows, offsets, row_offsets, row_slots, sources, scale, expert)
+        write(outputs, reference.plan_route_topk(logits, k, normalize))
 
     def plan_topk(self, scores, k, rows, offsets, row_offsets, row_slots):
         expect_ints(rows, offsets, row_offsets, row_slots)
@@ -124,6 +137,22 @@ def test_plan_route(native, num_rows, k, dtype):
     expert = torch.randint(-1, 5, (num_rows, k), dtype=dtype)
     assert_same(cuda.plan_route(expert, 5, expert.numel()), reference.plan_route(expert, 5, expert.numel()))
     assert native.called == ["plan_route"]
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("num_rows", "k"), [(0, 2), (30, 1), (30, 5)])
+def test_plan_route_topk(native, num_rows, k, normalize):
+    logits = torch.randn(num_rows, 5)
+    assert_same(cuda.plan_route_topk(logits, k, normalize), reference.plan_route_topk(logits, k, normalize))
+    assert native.called == ["plan_route_topk"]
+
+
+def test_a_router_too_wide_for_its_kernel_makes_its_plan_by_plan_route(native):
+    logits = torch.randn(6, 40)
+    assert_same(cuda.plan_route_topk(logits, 33, False), reference.plan_route_topk(logits, 33, False))
+    wide = logits.double()
+    assert_same(cuda.plan_route_topk(wide, 2, True), reference.plan_route_topk(wide, 2, True))
+    assert native.called == ["plan_route"] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -132,11 +132,13 @@ def makers():
     mask, scores = torch.rand(4, 50, device="cuda") < 0.3, torch.randn(4, 50, device="cuda")
     expert, pairs = torch.randint(-1, 6, (2000, 2), device="cuda"), torch.rand(2000, 6, device="cuda") < 0.3
     plan = dc.route(expert, num_groups=6)
-    inputs = {"mask": mask, "scores": scores, "expert": expert, "pairs": pairs}
+    logits = torch.randn(2000, 6, device="cuda")
+    inputs = {"logits": logits, "mask": mask, "scores": scores, "expert": expert, "pairs": pairs}
     calls = {
         "select": lambda: dc.select(mask, scores),
         "select_topk": lambda: dc.select_topk(scores, 7, scores),
         "route": lambda: dc.route(expert, num_groups=6),
+        "route_topk": lambda: dc.route_topk(logits, 2, normalize=True),
         "route_mask": lambda: dc.route_mask(pairs, max_slots=12_000),
         "from_slots": lambda: dc.Plan.from_slots(plan.rows, plan.offsets, num_rows=2000),
     }
@@ -162,7 +164,7 @@ def test_nothing_waits_for_the_device():
         everything()
 
 
-@pytest.mark.parametrize("name", ["select", "select_topk", "route", "route_mask"])
+@pytest.mark.parametrize("name", ["select", "select_topk", "route", "route_topk", "route_mask"])
 def test_a_cuda_graph_follows_its_inputs(name):
     inputs, calls = makers()
     side = torch.cuda.Stream()
@@ -177,6 +179,7 @@ def test_a_cuda_graph_follows_its_inputs(name):
         inputs["mask"].copy_(torch.rand(4, 50) < density)
         inputs["pairs"].copy_(torch.rand(2000, 6) < density)
         inputs["scores"].normal_()
+        inputs["logits"].normal_()
         inputs["expert"].random_(-1, 6)
         graph.replay()
         assert_same_lists([t.clone() for t in lists_of(captured)], [t.cpu() for t in lists_of(calls[name]())])

@@ -20,7 +20,9 @@ struct Placement {
   int32_t* row_offsets;  // [rows+1]
   int32_t* row_slots;    // [capacity]
   int64_t capacity;
-  bool ascending;  // the items of a row come in the order of their groups
+  bool ascending;                  // the items of a row come in the order of their groups
+  const float* weights = nullptr;  // [items], which go to
+  float* scale = nullptr;          // [capacity] of the slots
 };
 
 // A block's shared memory: see place_items.
@@ -180,6 +182,7 @@ __global__ void __launch_bounds__(kSortThreads, 4)
       m.slots[item] = slot[i];
       if (keeps && to.rows) to.rows[place] = static_cast<int32_t>(row0 + item / t.width);
       if (keeps && to.sources) to.sources[place] = keys.source(row0 * t.width + item);
+      if (keeps && to.scale) to.scale[place] = to.weights[row0 * t.width + item];
       kept[i] = __ballot_sync(kAllLanes, keeps);
       kept_of_warp += __popc(kept[i]);
     }
@@ -228,14 +231,19 @@ __global__ void __launch_bounds__(kSortThreads, 4)
 }
 
 template <class Keys>
+void place(const char* name, const Keys& keys, const Tiling& t, int64_t groups, const int32_t* table,
+           const Placement& to, Stream stream) {
+  launch(name, stream, t.tiles, kSortThreads, SortMemory::bytes(groups), place_items<Keys>, keys, t,
+         static_cast<int>(groups), table, to);
+}
+
+template <class Keys>
 void sort_items(const char* name, const Keys& keys, const Tiling& t, int64_t groups, int32_t* workspace,
                 const Placement& to, Stream stream) {
-  const int g = static_cast<int>(groups);
   if (t.counts_first)
-    launch(name, stream, t.tiles, kSortThreads, groups * int64_t{sizeof(int)}, count_items<Keys>, keys, t, g,
-           workspace);
-  launch(name, stream, t.tiles, kSortThreads, SortMemory::bytes(groups), place_items<Keys>, keys, t, g,
-         static_cast<const int32_t*>(workspace), to);
+    launch(name, stream, t.tiles, kSortThreads, groups * int64_t{sizeof(int)}, count_items<Keys>, keys, t,
+           static_cast<int>(groups), workspace);
+  place(name, keys, t, groups, workspace, to, stream);
 }
 
 }  // namespace dyncore::cuda

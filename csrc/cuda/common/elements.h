@@ -80,6 +80,18 @@ struct Float16 {
 #endif
 };
 
+// Unsigned integers of the order of floats: NaN above everything, the two zeros equal, 0 below all.
+__device__ inline unsigned ordered(float x) {
+  const unsigned bits = bits_of(x), magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return 0xffffffffu;
+  if (magnitude == 0) return 0x80000000u;
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+__device__ inline float value_of(unsigned key) {
+  return float_of(key >> 31 ? key ^ 0x80000000u : ~key);
+}
+
 // Elements that move together: `count` of them fill a Word.
 template <class Element_, class Word_>
 struct Pack {

@@ -3,6 +3,7 @@
 // a warp's lanes; in which order they run can be chosen, so that a missing barrier shows as another result. Blocks run
 // one after another. Threads that wait for each other in vain end the program.
 #pragma once
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>

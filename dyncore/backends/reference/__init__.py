@@ -23,6 +23,7 @@ from dyncore.backends.reference.plans import (
     plan_inverse,
     plan_mask,
     plan_route,
+    plan_route_topk,
     plan_topk,
 )
 from dyncore.backends.reference.sparse import (
@@ -48,6 +49,7 @@ __all__ = [
     "plan_inverse",
     "plan_mask",
     "plan_route",
+    "plan_route_topk",
     "plan_topk",
     "scatter_rows",
     "scatter_rows_backward",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -53,6 +55,16 @@ def plan_route(expert: Tensor, num_groups: int, capacity: int) -> tuple[Tensor, 
     sources = torch.nn.functional.pad(sources, (0, capacity - sources.shape[0]))
     rows = sources // max(k, 1)
     return rows, offsets, *plan_inverse(rows, offsets, num_rows), sources
+
+
+def plan_route_topk(
+    logits: Tensor, k: int, normalize: bool, make_route: Callable[..., tuple[Tensor, ...]] = plan_route
+) -> tuple[Tensor, ...]:
+    highest, expert = torch.sort(logits, dim=1, descending=True, stable=True)
+    expert = expert[:, :k]
+    weight = highest[:, :k].softmax(1) if normalize else logits.softmax(1).gather(1, expert)
+    *plan, sources = make_route(expert, logits.shape[1], expert.numel())
+    return *plan, sources, weight.reshape(-1).index_select(0, sources), expert.int()
 
 
 def plan_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
