@@ -13,21 +13,18 @@ __host__ __device__ constexpr int threads_for(int values) {
   return values > 8 ? 512 : 1024;
 }
 
-// The greatest key of the warp's lanes and values, the lower group where equal: (key << 32) | ~group.
+// The greatest key of the warp's lanes and values; *group becomes its group, the lowest of equal ones.
 template <int kValues>
-__device__ uint64_t greatest(const unsigned (&keys)[kValues]) {
+__device__ unsigned greatest(const unsigned (&keys)[kValues], int* group) {
   unsigned key = 0;
-  int group = lane();
+  int mine = lane();
 #pragma unroll
   for (int i = 0; i < kValues; ++i) {
-    group = keys[i] > key ? i * kWarp + lane() : group;
+    mine = keys[i] > key ? i * kWarp + lane() : mine;
     key = keys[i] > key ? keys[i] : key;
   }
-  uint64_t best = uint64_t{key} << 32 | ~static_cast<unsigned>(group);
-  for (int apart = kWarp / 2; apart > 0; apart /= 2) {
-    const uint64_t other = __shfl_xor_sync(kAllLanes, best, apart);
-    best = other > best ? other : best;
-  }
+  const unsigned best = __reduce_max_sync(kAllLanes, key);
+  *group = __reduce_min_sync(kAllLanes, key == best ? mine : static_cast<int>(kMostGroups));
   return best;
 }
 
@@ -53,9 +50,8 @@ __global__ void __launch_bounds__(threads_for(kValues), 1)
     float highest = 0.0f, total = 0.0f, mine = 0.0f;
     int chosen = 0;
     for (int j = 0; j < k; ++j) {
-      const uint64_t best = greatest(keys);
-      const int group = static_cast<int>(~static_cast<unsigned>(best));
-      const float logit = value_of(static_cast<unsigned>(best >> 32));
+      int group;
+      const float logit = value_of(greatest(keys, &group));
       if (j == 0) {
         highest = logit;
         if (!normalize) {

@@ -131,18 +131,25 @@ __global__ void __launch_bounds__(kSortThreads, 4)
   const int thread = static_cast<int>(threadIdx.x), tile = static_cast<int>(blockIdx.x);
   int64_t row_base = 0, live = 0;
   if (t.counts_first) {
-    for (int g = warp(); g < groups; g += kSortWarps) {
-      int total = 0, before = 0;
+    constexpr int kAtOnce = 4;  // groups of a warp: their loads overlap
+    for (int g0 = warp() * kAtOnce; g0 < groups; g0 += kSortWarps * kAtOnce) {
+      int total[kAtOnce] = {}, before[kAtOnce] = {};
       for (int i = lane(); i < t.tiles; i += kWarp) {
-        const int count = table[int64_t{g} * t.tiles + i];
-        total += count;
-        before += i < tile ? count : 0;
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          const int count = g0 + j < groups ? table[int64_t{g0 + j} * t.tiles + i] : 0;
+          total[j] += count;
+          before[j] += i < tile ? count : 0;
+        }
       }
-      total = sum_of_warp(total);
-      before = sum_of_warp(before);
-      if (lane() == 0) {
-        m.next[g] = total;
-        m.earlier[g] = before;
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        total[j] = __reduce_add_sync(kAllLanes, total[j]);
+        before[j] = __reduce_add_sync(kAllLanes, before[j]);
+        if (lane() == 0 && g0 + j < groups) {
+          m.next[g0 + j] = total[j];
+          m.earlier[g0 + j] = before[j];
+        }
       }
     }
     __syncthreads();

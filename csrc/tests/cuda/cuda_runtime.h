@@ -134,6 +134,24 @@ T __shfl_xor_sync(unsigned mask, T value, int bits, int = 32) {
   return emulation::unpack<T>(all[emulation::lane() ^ bits]);
 }
 
+template <class T, class Reduce>
+T reduce_lanes(unsigned mask, T value, Reduce reduce) {
+  emulation::expect_all_lanes(mask);
+  const uint64_t* all = emulation::exchange(emulation::pack(value));
+  T result = emulation::unpack<T>(all[0]);
+  for (int l = 1; l < 32; ++l) result = reduce(result, emulation::unpack<T>(all[l]));
+  return result;
+}
+inline int __reduce_add_sync(unsigned mask, int value) {
+  return reduce_lanes(mask, value, [](int a, int b) { return a + b; });
+}
+inline int __reduce_min_sync(unsigned mask, int value) {
+  return reduce_lanes(mask, value, [](int a, int b) { return b < a ? b : a; });
+}
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+  return reduce_lanes(mask, value, [](unsigned a, unsigned b) { return a < b ? b : a; });
+}
+
 inline int __popc(unsigned bits) {
   return __builtin_popcount(bits);
 }
