@@ -80,7 +80,11 @@ def store_tile(pointer, values, slot, end, n, N, width):
 
 
 @triton.jit
-def clear_tile(pointer, slot, end, first_n, N, BM: tl.constexpr, BN: tl.constexpr):
-    """Zeros to BN columns from first_n on, of slots below end."""
-    n = first_n + tl.arange(0, BN)  # [BN]
-    store_tile(pointer, tl.zeros([BM, BN], tl.float32), slot, end, n, N, N)
+def clear_padding(pointer, offsets, num_slots, num_groups, N, BM: tl.constexpr, BN: tl.constexpr):
+    """Zeros to pointer[slot, :] for the slots behind offsets[num_groups], shared among the programs."""
+    begin = tl.load(offsets + num_groups)
+    tiles_n = tl.cdiv(N, BN)
+    for number in range(tl.program_id(0), tl.cdiv(num_slots - begin, BM) * tiles_n, tl.num_programs(0)):
+        slot = begin + (number // tiles_n).to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
+        n = number % tiles_n * BN + tl.arange(0, BN)  # [BN]
+        store_tile(pointer, tl.zeros([BM, BN], tl.float32), slot, num_slots, n, N, N)

@@ -36,8 +36,9 @@ class Config(NamedTuple):
 # Architectures differ in shared memory (86 stands for all that have 99 KB: 8.6, 8.9, 12.x) and in the shape of their
 # tensor-core instruction. "half" is bf16 and fp16, "tf32" fp32 on tensor cores, "ieee" fp32 on the FMA units.
 # Up to 16 rows a group the weights are streamed once: no wider BM is paid for, a long BK in several stages keeps many
-# bytes in flight (three programs on Hopper have 144 KB), and programs hide one another's starts and ends; in between BM = 64 is the smallest tile of Hopper's wgmma; above, two programs of 128 x 128
-# share a multiprocessor where they can, so that one's epilogue hides behind the other's products.
+# bytes in flight (three programs on Hopper have 144 KB), and programs hide one another's starts and ends. In between
+# BM = 64 is the smallest tile of Hopper's wgmma. Above, two programs of 128 x 128 share a multiprocessor where they
+# can, so that one's epilogue hides behind the other's products.
 FEW, SOME, MANY = 16, 96, 2**31
 Table = list[tuple[int, Config]]
 IEEE: Table = [(FEW, Config(16, 64, 32, 4, 3, 4)), (MANY, Config(64, 64, 16, 8, 3, 2))]
@@ -94,7 +95,7 @@ DEEP = 1536
 DEEP_CONFIGS = {90: Config(128, 256, 64, 8, 4, 1), 100: Config(128, 256, 64, 8, 4, 1)}
 # Where rows do not start at whole 16 bytes, every element is a load with a pointer of its own, on any architecture:
 # a smaller tile keeps those pointers in registers.
-UNALIGNED: Table = [(FEW, Config(16, 64, 32, 4, 3, 3)), (MANY, Config(64, 128, 32, 8, 3, 1))]
+UNALIGNED: Table = [(FEW, Config(16, 64, 32, 4, 3, 2)), (MANY, Config(64, 128, 32, 8, 3, 1))]
 GROUP_M = 8  # row tiles that share a strip of weights in L2
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .activations import activate
-from .blocks import clear_tile, halves, load_columns, multiply, store_tile
+from .blocks import clear_padding, halves, load_columns, multiply, store_tile
 from .configs import GROUP_M, Target, aligned, choose_config, num_programs
 from .tiles import block_of_groups, count_tiles, find_tile, swizzle
 
@@ -112,92 +112,55 @@ def product_kernel(
 ):
     WIDTH: tl.constexpr = BN // 2 if GATED else BN  # columns of out in a tile
     tiles_n = tl.cdiv(N, WIDTH)
-    tiles_m = count_tiles(offsets, num_slots, num_groups, ZERO_PADDING, BM, BLOCK_G)
+    tiles_m = count_tiles(offsets, num_groups, BM, BLOCK_G)
     for number in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile, tile_n = swizzle(number, tiles_m, tiles_n, GROUP_M)
-        group, first, end = find_tile(tile, offsets, num_slots, num_groups, BM, BLOCK_G)
+        group, first, end = find_tile(tile, offsets, num_groups, BM, BLOCK_G)
         slot = first + tl.arange(0, BM)  # [BM]
-        if group == num_groups:
-            if ZERO_PADDING:
-                clear_tile(out, slot, end, tile_n * WIDTH, N, BM, WIDTH)
-        else:
-            # A slot behind the group's end reads the row of its first slot: a result of its own that nobody stores
-            row = tl.where(slot < end, slot, first)  # [BM]
-            if GATHER:
-                row = tl.load(rows + row).to(tl.int64)
-            column = tl.arange(0, BN)
-            n = tile_n * WIDTH + column % WIDTH  # [BN]
-            w_row = n + column // WIDTH * N  # gate's columns, then up's
-            total = multiply(
-                x, weight, row, group, w_row, n < N, K, stride_xt, stride_xk, stride_wg, stride_wn, stride_wk,
-                PRECISION, EVEN_N, EVEN_K, BM, BN, BK,
-            )  # fmt: skip
+        # A slot behind the group's end reads the row of its first slot: a result of its own that nobody stores
+        row = tl.where(slot < end, slot, first)  # [BM]
+        if GATHER:
+            row = tl.load(rows + row).to(tl.int64)
+        column = tl.arange(0, BN)
+        n = tile_n * WIDTH + column % WIDTH  # [BN]
+        w_row = n + column // WIDTH * N  # gate's columns, then up's
+        total = multiply(
+            x, weight, row, group, w_row, n < N, K, stride_xt, stride_xk, stride_wg, stride_wn, stride_wk,
+            PRECISION, EVEN_N, EVEN_K, BM, BN, BK,
+        )  # fmt: skip
 
-            # Quarters of the columns, one after the other: whole, the activation's temporaries spill large tiles
-            PART: tl.constexpr = BN // 4
-            n = tile_n * WIDTH + tl.arange(0, PART)  # [PART]
-            b_ptr = (bias + group.to(tl.int64) * stride_bg) if HAS_BIAS else bias
-            left, right = halves(total, BM, BN)  # [BM, BN / 2] each
-            a, b = halves(left, BM, BN // 2)  # [BM, PART] each
-            c, d = halves(right, BM, BN // 2)
-            if GATED:
-                finish_gated(a, c, n, N, slot, end, b_ptr, stride_bn, out, pre, ACTIVATION, HAS_BIAS, SAVE_PRE)
-                finish_gated(b, d, n + PART, N, slot, end, b_ptr, stride_bn, out, pre, ACTIVATION, HAS_BIAS, SAVE_PRE)
-            else:
-                factor = tl.zeros([BM], tl.float32)
-                if HAS_SCALE:
-                    factor = tl.load(scale + slot * stride_scale, mask=slot < end, other=0.0).to(tl.float32)
-                finish(
-                    a, n, N, slot, end, factor, b_ptr, stride_bn, out, pre, ACTIVATION, HAS_BIAS, HAS_SCALE, SAVE_PRE
-                )
-                finish(
-                    b,
-                    n + PART,
-                    N,
-                    slot,
-                    end,
-                    factor,
-                    b_ptr,
-                    stride_bn,
-                    out,
-                    pre,
-                    ACTIVATION,
-                    HAS_BIAS,
-                    HAS_SCALE,
-                    SAVE_PRE,
-                )
-                finish(
-                    c,
-                    n + 2 * PART,
-                    N,
-                    slot,
-                    end,
-                    factor,
-                    b_ptr,
-                    stride_bn,
-                    out,
-                    pre,
-                    ACTIVATION,
-                    HAS_BIAS,
-                    HAS_SCALE,
-                    SAVE_PRE,
-                )
-                finish(
-                    d,
-                    n + 3 * PART,
-                    N,
-                    slot,
-                    end,
-                    factor,
-                    b_ptr,
-                    stride_bn,
-                    out,
-                    pre,
-                    ACTIVATION,
-                    HAS_BIAS,
-                    HAS_SCALE,
-                    SAVE_PRE,
-                )
+        # Quarters of the columns, one after the other: whole, the activation's temporaries spill large tiles
+        PART: tl.constexpr = BN // 4
+        n = tile_n * WIDTH + tl.arange(0, PART)  # [PART]
+        b_ptr = (bias + group.to(tl.int64) * stride_bg) if HAS_BIAS else bias
+        left, right = halves(total, BM, BN)  # [BM, BN / 2] each
+        a, b = halves(left, BM, BN // 2)  # [BM, PART] each
+        c, d = halves(right, BM, BN // 2)
+        if GATED:
+            finish_gated(a, c, n, N, slot, end, b_ptr, stride_bn, out, pre, ACTIVATION, HAS_BIAS, SAVE_PRE)
+            finish_gated(b, d, n + PART, N, slot, end, b_ptr, stride_bn, out, pre, ACTIVATION, HAS_BIAS, SAVE_PRE)
+        else:
+            factor = tl.zeros([BM], tl.float32)
+            if HAS_SCALE:
+                factor = tl.load(scale + slot * stride_scale, mask=slot < end, other=0.0).to(tl.float32)
+            finish(
+                a, n, N, slot, end, factor, b_ptr, stride_bn, out, pre,
+                ACTIVATION, HAS_BIAS, HAS_SCALE, SAVE_PRE,
+            )  # fmt: skip
+            finish(
+                b, n + PART, N, slot, end, factor, b_ptr, stride_bn, out, pre,
+                ACTIVATION, HAS_BIAS, HAS_SCALE, SAVE_PRE,
+            )  # fmt: skip
+            finish(
+                c, n + 2 * PART, N, slot, end, factor, b_ptr, stride_bn, out, pre,
+                ACTIVATION, HAS_BIAS, HAS_SCALE, SAVE_PRE,
+            )  # fmt: skip
+            finish(
+                d, n + 3 * PART, N, slot, end, factor, b_ptr, stride_bn, out, pre,
+                ACTIVATION, HAS_BIAS, HAS_SCALE, SAVE_PRE,
+            )  # fmt: skip
+    if ZERO_PADDING:
+        clear_padding(out, offsets, num_slots, num_groups, N, BM, WIDTH)
 
 
 # ---------------------------------------------------------------- launcher

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .activations import activate_with_derivative
-from .blocks import clear_tile, halves, multiply, store_tile
+from .blocks import clear_padding, halves, multiply, store_tile
 from .configs import GROUP_M, Config, Target, aligned, choose_config, num_programs
 from .tiles import block_of_groups, count_tiles, find_tile, swizzle
 
@@ -112,57 +112,55 @@ def product_backward_kernel(
     BLOCK_G: tl.constexpr,
 ):
     tiles_n = tl.cdiv(N, BN)
-    tiles_m = count_tiles(offsets, num_slots, num_groups, ZERO_PADDING, BM, BLOCK_G)
+    tiles_m = count_tiles(offsets, num_groups, BM, BLOCK_G)
     for number in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile, tile_n = swizzle(number, tiles_m, tiles_n, GROUP_M)
-        group, first, end = find_tile(tile, offsets, num_slots, num_groups, BM, BLOCK_G)
+        group, first, end = find_tile(tile, offsets, num_groups, BM, BLOCK_G)
         slot = first + tl.arange(0, BM)  # [BM]
-        if group == num_groups:
-            if ZERO_PADDING:
-                clear_tile(out, slot, end, tile_n * BN, N, BM, BN)
-        else:
-            # A slot behind the group's end reads the row of its first slot
-            row = tl.where(slot < end, slot, first)  # [BM]
-            value_row = row
-            if GATHER or GATHER_VALUE:
-                source = tl.load(rows + row).to(tl.int64)
-                if GATHER:
-                    row = source
-                if GATHER_VALUE:
-                    value_row = source
-            n = tile_n * BN + tl.arange(0, BN)  # [BN]
-            total = multiply(
-                grad, weight, row, group, n, n < N, K, stride_gt, stride_gk, stride_wg, stride_wn, stride_wk,
-                PRECISION, EVEN_N, EVEN_K, BM, BN, BK,
-            )  # fmt: skip
+        # A slot behind the group's end reads the row of its first slot
+        row = tl.where(slot < end, slot, first)  # [BM]
+        value_row = row
+        if GATHER or GATHER_VALUE:
+            source = tl.load(rows + row).to(tl.int64)
+            if GATHER:
+                row = source
+            if GATHER_VALUE:
+                value_row = source
+        n = tile_n * BN + tl.arange(0, BN)  # [BN]
+        total = multiply(
+            grad, weight, row, group, n, n < N, K, stride_gt, stride_gk, stride_wg, stride_wn, stride_wk,
+            PRECISION, EVEN_N, EVEN_K, BM, BN, BK,
+        )  # fmt: skip
 
-            # Quarters of the columns, one after the other: whole, the temporaries spill large tiles
-            PART: tl.constexpr = BN // 4
-            n = tile_n * BN + tl.arange(0, PART)  # [PART]
-            factor = tl.zeros([BM], tl.float32)
-            if HAS_SCALE:
-                factor = tl.load(scale + slot * stride_scale, mask=slot < end, other=0.0).to(tl.float32)
-            left, right = halves(total, BM, BN)  # [BM, BN / 2] each
-            a, b = halves(left, BM, BN // 2)  # [BM, PART] each
-            c, d = halves(right, BM, BN // 2)
-            sums = finish_backward(
-                a, n, N, slot, end, value_row, factor, value, stride_vt, stride_vn, out, scaled,
-                ACTIVATION, GATED, HAS_SCALE, STORE, STORE_SCALED,
-            )  # fmt: skip
-            sums += finish_backward(
-                b, n + PART, N, slot, end, value_row, factor, value, stride_vt, stride_vn, out, scaled,
-                ACTIVATION, GATED, HAS_SCALE, STORE, STORE_SCALED,
-            )  # fmt: skip
-            sums += finish_backward(
-                c, n + 2 * PART, N, slot, end, value_row, factor, value, stride_vt, stride_vn, out, scaled,
-                ACTIVATION, GATED, HAS_SCALE, STORE, STORE_SCALED,
-            )  # fmt: skip
-            sums += finish_backward(
-                d, n + 3 * PART, N, slot, end, value_row, factor, value, stride_vt, stride_vn, out, scaled,
-                ACTIVATION, GATED, HAS_SCALE, STORE, STORE_SCALED,
-            )  # fmt: skip
-            if ROW_SUMS:
-                tl.store(row_pieces + tl.cast(tile_n, tl.int64) * num_slots + slot, sums, mask=slot < end)
+        # Quarters of the columns, one after the other: whole, the temporaries spill large tiles
+        PART: tl.constexpr = BN // 4
+        n = tile_n * BN + tl.arange(0, PART)  # [PART]
+        factor = tl.zeros([BM], tl.float32)
+        if HAS_SCALE:
+            factor = tl.load(scale + slot * stride_scale, mask=slot < end, other=0.0).to(tl.float32)
+        left, right = halves(total, BM, BN)  # [BM, BN / 2] each
+        a, b = halves(left, BM, BN // 2)  # [BM, PART] each
+        c, d = halves(right, BM, BN // 2)
+        sums = finish_backward(
+            a, n, N, slot, end, value_row, factor, value, stride_vt, stride_vn, out, scaled,
+            ACTIVATION, GATED, HAS_SCALE, STORE, STORE_SCALED,
+        )  # fmt: skip
+        sums += finish_backward(
+            b, n + PART, N, slot, end, value_row, factor, value, stride_vt, stride_vn, out, scaled,
+            ACTIVATION, GATED, HAS_SCALE, STORE, STORE_SCALED,
+        )  # fmt: skip
+        sums += finish_backward(
+            c, n + 2 * PART, N, slot, end, value_row, factor, value, stride_vt, stride_vn, out, scaled,
+            ACTIVATION, GATED, HAS_SCALE, STORE, STORE_SCALED,
+        )  # fmt: skip
+        sums += finish_backward(
+            d, n + 3 * PART, N, slot, end, value_row, factor, value, stride_vt, stride_vn, out, scaled,
+            ACTIVATION, GATED, HAS_SCALE, STORE, STORE_SCALED,
+        )  # fmt: skip
+        if ROW_SUMS:
+            tl.store(row_pieces + tl.cast(tile_n, tl.int64) * num_slots + slot, sums, mask=slot < end)
+    if ZERO_PADDING:
+        clear_padding(out, offsets, num_slots, num_groups, N, BM, BN)
 
 
 # ---------------------------------------------------------------- launcher

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .activations import activate_with_derivative
-from .blocks import clear_tile, load_columns, store_tile
+from .blocks import clear_padding, load_columns, store_tile
 from .configs import Target
 from .tiles import block_of_groups, count_tiles, find_tile, num_tiles
 
@@ -53,42 +53,40 @@ def slots_kernel(
     BLOCK_G: tl.constexpr,
 ):
     tiles_n = tl.cdiv(N, BN)
-    tiles_m = count_tiles(offsets, num_slots, num_groups, ZERO_PADDING, BM, BLOCK_G)
+    tiles_m = count_tiles(offsets, num_groups, BM, BLOCK_G)
     for number in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile, tile_n = number // tiles_n, number % tiles_n
-        group, first, end = find_tile(tile, offsets, num_slots, num_groups, BM, BLOCK_G)
+        group, first, end = find_tile(tile, offsets, num_groups, BM, BLOCK_G)
         slot = first + tl.arange(0, BM)  # [BM]
-        if group == num_groups:
-            if ZERO_PADDING:
-                clear_tile(out, slot, end, tile_n * BN, N, BM, BN)
-        else:
-            n = tile_n * BN + tl.arange(0, BN)  # [BN]
-            live = slot < end
-            row = slot
-            if GATHER:
-                row = tl.load(rows + slot, mask=live, other=0).to(tl.int64)
-            g_ptr = grad + row[:, None] * stride_gt + n.to(tl.int64)[None, :] * stride_gn
-            dy = tl.load(g_ptr, mask=live[:, None] & (n < N)[None, :], other=0.0).to(tl.float32)  # [BM, BN]
-            slope = dy
-            if HAS_VALUE:
-                v_ptr = value + slot[:, None] * stride_va + n.to(tl.int64)[None, :] * stride_vn
-                v = tl.load(v_ptr, mask=live[:, None] & (n < N)[None, :], other=0.0).to(tl.float32)
-                y, slope = activate_with_derivative(v, ACTIVATION)
-                if ROW_SUMS:
-                    tl.store(row_pieces + tl.cast(tile_n, tl.int64) * num_slots + slot, tl.sum(dy * y, 1), mask=live)
-            elif HAS_BIAS:
-                y = load_columns(bias + group.to(tl.int64) * stride_bg, n, N, stride_bn)
-                if ROW_SUMS:
-                    total = tl.sum(dy * y[None, :], 1)
-                    tl.store(row_pieces + tl.cast(tile_n, tl.int64) * num_slots + slot, total, mask=live)
-            if HAS_SCALE:
-                dy *= tl.load(scale + slot * stride_scale, mask=live, other=0.0).to(tl.float32)[:, None]
-            if ACTIVATION != "none":
-                dy *= slope
-            if STORE:
-                store_tile(out, dy, slot, end, n, N, N)
-            if COLUMN_SUMS:
-                tl.store(column_pieces + tl.cast(tile, tl.int64) * N + n, tl.sum(dy, 0), mask=n < N)
+        n = tile_n * BN + tl.arange(0, BN)  # [BN]
+        live = slot < end
+        row = slot
+        if GATHER:
+            row = tl.load(rows + slot, mask=live, other=0).to(tl.int64)
+        g_ptr = grad + row[:, None] * stride_gt + n.to(tl.int64)[None, :] * stride_gn
+        dy = tl.load(g_ptr, mask=live[:, None] & (n < N)[None, :], other=0.0).to(tl.float32)  # [BM, BN]
+        slope = dy
+        if HAS_VALUE:
+            v_ptr = value + slot[:, None] * stride_va + n.to(tl.int64)[None, :] * stride_vn
+            v = tl.load(v_ptr, mask=live[:, None] & (n < N)[None, :], other=0.0).to(tl.float32)
+            y, slope = activate_with_derivative(v, ACTIVATION)
+            if ROW_SUMS:
+                tl.store(row_pieces + tl.cast(tile_n, tl.int64) * num_slots + slot, tl.sum(dy * y, 1), mask=live)
+        elif HAS_BIAS:
+            y = load_columns(bias + group.to(tl.int64) * stride_bg, n, N, stride_bn)
+            if ROW_SUMS:
+                total = tl.sum(dy * y[None, :], 1)
+                tl.store(row_pieces + tl.cast(tile_n, tl.int64) * num_slots + slot, total, mask=live)
+        if HAS_SCALE:
+            dy *= tl.load(scale + slot * stride_scale, mask=live, other=0.0).to(tl.float32)[:, None]
+        if ACTIVATION != "none":
+            dy *= slope
+        if STORE:
+            store_tile(out, dy, slot, end, n, N, N)
+        if COLUMN_SUMS:
+            tl.store(column_pieces + tl.cast(tile, tl.int64) * N + n, tl.sum(dy, 0), mask=n < N)
+    if ZERO_PADDING:
+        clear_padding(out, offsets, num_slots, num_groups, N, BM, BN)
 
 
 def slots(

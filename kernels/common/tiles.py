@@ -1,9 +1,9 @@
 """From a program's number to its tile of slots, by the plan's offsets read on the device: no host knows the counts.
 Floor 0, shared by the grouped kernels.
 
-A tile is BM slots of one group, the last of a group fewer; tiles are numbered through the groups without gaps, the
-padding behind offsets[G] counting as group G for those that write zeros there. Launches are as wide as the device:
-each program walks the tiles in steps of the grid, so a plan with few live slots costs what its live tiles cost.
+A tile is BM slots of one group, the last of a group fewer; tiles are numbered through the groups without gaps. Launches
+are as wide as the device: each program walks the tiles in steps of the grid, so a plan with few live slots costs what
+its live tiles cost.
 """
 
 import triton
@@ -11,8 +11,8 @@ import triton.language as tl
 
 
 def num_tiles(num_slots: int, num_groups: int, block_m: int) -> int:
-    """The most tiles that a plan of this capacity can have, padding included, whatever its offsets."""
-    return num_slots // block_m + min(num_groups + 1, num_slots)
+    """The most tiles that a plan of this capacity can have, whatever its offsets."""
+    return num_slots // block_m + min(num_groups, num_slots)
 
 
 def block_of_groups(num_groups: int) -> int:
@@ -29,17 +29,6 @@ def tiles_of(g, offsets, num_groups, BM: tl.constexpr):
 
 
 @triton.jit
-def count_tiles(offsets, num_slots, num_groups, PADDING: tl.constexpr, BM: tl.constexpr, BLOCK_G: tl.constexpr):
-    """Tiles of all groups, and with PADDING those behind the last live slot."""
-    total = 0
-    for start in range(0, num_groups, BLOCK_G):
-        total += tl.sum(tiles_of(start + tl.arange(0, BLOCK_G), offsets, num_groups, BM))
-    if PADDING:
-        total += tl.cdiv(num_slots - tl.load(offsets + num_groups), BM)
-    return total
-
-
-@triton.jit
 def first_tile(group, offsets, BM: tl.constexpr, BLOCK_G: tl.constexpr):
     """The number of a group's first tile."""
     total = 0
@@ -49,8 +38,14 @@ def first_tile(group, offsets, BM: tl.constexpr, BLOCK_G: tl.constexpr):
 
 
 @triton.jit
-def find_tile(tile, offsets, num_slots, num_groups, BM: tl.constexpr, BLOCK_G: tl.constexpr):
-    """(group, first slot, end slot of the group) of a tile number; group num_groups is the padding."""
+def count_tiles(offsets, num_groups, BM: tl.constexpr, BLOCK_G: tl.constexpr):
+    """Tiles of all groups."""
+    return first_tile(num_groups, offsets, BM, BLOCK_G)
+
+
+@triton.jit
+def find_tile(tile, offsets, num_groups, BM: tl.constexpr, BLOCK_G: tl.constexpr):
+    """(group, first slot, end slot of the group) of a tile number."""
     group = 0
     before = 0  # tiles of the groups before it
     seen = 0
@@ -62,7 +57,7 @@ def find_tile(tile, offsets, num_slots, num_groups, BM: tl.constexpr, BLOCK_G: t
         before += tl.sum(tl.where(passed, tiles, 0))
         seen += tl.sum(tiles)
     begin = tl.load(offsets + group)
-    end = tl.load(offsets + group + 1, mask=group < num_groups, other=num_slots)
+    end = tl.load(offsets + group + 1)
     return group, begin.to(tl.int64) + (tile - before).to(tl.int64) * BM, end
 
 

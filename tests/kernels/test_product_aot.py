@@ -120,7 +120,7 @@ def test_a_program_is_launched_for_each_place_on_the_device_but_no_more_than_the
     config = configs.Config(128, 128, 64, 8, 3, 2)
     device = configs.Target(90, 132, False)
     assert configs.num_programs(device, config, 100_000, 8, 16) == 264
-    assert configs.num_programs(device, config, 1000, 8, 3) == (1000 // 128 + 9) * 3
+    assert configs.num_programs(device, config, 1000, 8, 3) == (1000 // 128 + 8) * 3
     assert configs.num_programs(device, config, 2, 128, 3) == 2 * 3
 
 
