@@ -9,8 +9,8 @@ namespace dyncore::cuda {
 
 namespace {
 
-constexpr int kThreads = 1024;
-constexpr int kDigits = 256;
+constexpr int kMostThreads = 1024;
+constexpr int kDigits = 256;            // and the fewest threads: each looks after one
 constexpr int64_t kMostStaged = 10240;  // keys, in 40 KB
 
 struct Keys {
@@ -26,12 +26,12 @@ struct Keys {
 __device__ unsigned kth_best(const Keys& keys, int sequence, int k, int* ties) {
   static __shared__ int counts[kDigits];
   static __shared__ int found[2];  // the digit, and how many keys lie above it
-  const int thread = static_cast<int>(threadIdx.x);
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   unsigned bound = 0, decided = 0;
   for (int shift = 24; shift >= 0; shift -= 8) {
     if (thread < kDigits) counts[thread] = 0;
     __syncthreads();
-    for (int s0 = 0; s0 < sequence; s0 += kThreads) {
+    for (int s0 = 0; s0 < sequence; s0 += threads) {
       const int s = s0 + thread;
       const unsigned key = s < sequence ? keys(s) : 0;
       const bool candidate = s < sequence && (key & decided) == bound;
@@ -56,14 +56,14 @@ __device__ unsigned kth_best(const Keys& keys, int sequence, int k, int* ties) {
   return bound;
 }
 
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kMostThreads, 1)
     select_best(const void* scores, Dtype dtype, int sequence, int k, bool stage, PlanBuffers plan) {
-  const int thread = static_cast<int>(threadIdx.x);
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int64_t first = int64_t{blockIdx.x} * sequence;
   Keys keys{element_address(scores, dtype, first), dtype, nullptr};
   if (stage) {
     unsigned* const staged = shared_memory<unsigned>();
-    for (int s = thread; s < sequence; s += kThreads) staged[s] = keys.read(s);
+    for (int s = thread; s < sequence; s += threads) staged[s] = keys.read(s);
     keys.staged = staged;  // each thread will read those it wrote
   }
   int ties = 0;
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   int64_t counted = 0;  // keys above the bound in the low half, keys equal to it in the high half
   const int64_t slot0 = int64_t{blockIdx.x} * k;
-  for (int s0 = 0; s0 < sequence; s0 += kThreads) {
+  for (int s0 = 0; s0 < sequence; s0 += threads) {
     const int s = s0 + thread;
     const unsigned key = s < sequence ? keys(s) : 0;
     const bool above = s < sequence && key > bound, equal = s < sequence && key == bound;
@@ -102,7 +102,8 @@ void plan_topk(const void* scores, Dtype dtype, int64_t batch, int64_t sequence,
     return clear("plan_topk", stream, plan.row_offsets, plan.num_rows + 1);
   }
   const bool stage = sequence <= kMostStaged;
-  launch("plan_topk", stream, batch, kThreads, stage ? sequence * int64_t{sizeof(unsigned)} : 0, select_best, scores,
+  const int threads = sequence <= 4 * kDigits ? kDigits : kMostThreads;
+  launch("plan_topk", stream, batch, threads, stage ? sequence * int64_t{sizeof(unsigned)} : 0, select_best, scores,
          dtype, static_cast<int>(sequence), static_cast<int>(k), stage, plan);
 }
 

@@ -2,11 +2,13 @@
 passes on and in which order, and when it leaves an op to others. The kernels' own tests are csrc/tests/test_cuda_*.cpp.
 """
 
+import inspect
+
 import pytest
 import torch
 
 import dyncore as dc
-from dyncore.backends import cpu, cuda, reference, triton
+from dyncore.backends import SCHEMAS, cpu, cuda, reference, triton
 from tests.support import make_plan
 
 INT32 = torch.int32
@@ -244,6 +246,20 @@ def test_without_kernels_every_op_is_left_to_others(monkeypatch):
     assert cuda.plan_topk(x, 1) == "plan_topk"
     assert cuda.plan_inverse(x, x, 1) == "plan_inverse"
     assert cuda.gather_rows(x, x, x) == "gather_rows"
+
+
+OPS = [name for name in SCHEMAS if hasattr(cuda, name)]
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_an_ops_arguments_are_those_of_its_schema(name):
+    schema = getattr(torch.ops.dyncore, name).default._schema
+    assert list(inspect.signature(getattr(cuda, name)).parameters) == [a.name for a in schema.arguments]
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dyncore::{name}", "CUDA")
+
+
+def test_every_op_of_this_backend_is_tested_here():
+    assert set(OPS) == {name for name in vars(Native) if name in SCHEMAS}
 
 
 def test_triton_comes_before_the_reference():

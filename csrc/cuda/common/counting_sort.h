@@ -60,12 +60,15 @@ __global__ void __launch_bounds__(kSortThreads, 4) count_items(Keys keys, Tiling
   for (int64_t c = 0; c < t.chunks_per_tile; ++c) {
     const int64_t row0 = (tile * t.chunks_per_tile + c) * t.rows_per_chunk;
     const int items = static_cast<int>(min(int64_t{t.rows_per_chunk}, t.rows - row0)) * t.width;  // or negative
+    unsigned keys_here[kItemsPerThread];  // all loaded before the first is counted
 #pragma unroll
     for (int i = 0; i < kItemsPerThread; ++i) {
       const int item = i * kSortThreads + thread;
-      const unsigned key = item < items ? keys(row0 * t.width + item, item % t.width) : groups;
-      if (key < static_cast<unsigned>(groups)) atomicAdd(counts + key, 1);
+      keys_here[i] = item < items ? keys(row0 * t.width + item, item % t.width) : groups;
     }
+#pragma unroll
+    for (int i = 0; i < kItemsPerThread; ++i)
+      if (keys_here[i] < static_cast<unsigned>(groups)) atomicAdd(counts + keys_here[i], 1);
   }
   __syncthreads();
   for (int g = thread; g < groups; g += kSortThreads) table[int64_t{g} * t.tiles + tile] = counts[g];
