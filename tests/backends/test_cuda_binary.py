@@ -1,5 +1,5 @@
 """The CUDA kernels as they were compiled: for which devices, with how many registers, and how wide they load. The build
-itself fails on a warning or a spilled register.
+itself fails on a warning or a spilled register where nvcc is 13.0.
 """
 
 import ctypes
