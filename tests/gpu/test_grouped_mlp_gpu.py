@@ -52,12 +52,17 @@ def check_step(p, plan, activation, dtype):
         assert_gradients(g.cpu(), w, dtype, name)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation(activation):
+    plan = make_plan("routed", 150, 4, torch.float32)
+    check_step(problem(plan, activation, torch.float16), plan, activation, torch.float16)
+
+
 @pytest.mark.parametrize("sizes", [ODD, SMALL], ids=["odd", "small"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_every_activation_and_dtype(activation, dtype, sizes):
+def test_every_dtype(dtype, sizes):
     plan = make_plan("routed", 150, 4, torch.float32)
-    check_step(problem(plan, activation, dtype, sizes), plan, activation, dtype)
+    check_step(problem(plan, "swiglu", dtype, sizes), plan, "swiglu", dtype)
 
 
 @pytest.mark.parametrize("num_rows", [3, 150, 1500], ids=["few", "some", "many"])
