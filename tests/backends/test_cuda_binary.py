@@ -95,7 +95,7 @@ def test_the_runtime_is_inside_and_hidden():
     """Another copy of it, of another version, may have been loaded by torch: neither may take the other's calls."""
     library = ctypes.CDLL(cpu.native.__file__)
     for symbol in ("cudaLaunchKernelExC", "cudaMemsetAsync", "__cudaRegisterFatBinary"):
-        assert not hasattr(library, symbol) or "libcudart" in Path("/proc/self/maps").read_text()
+        assert not hasattr(library, symbol), symbol
 
 
 # The build's decision -------------------------------------------------------------------------------------------------
