@@ -67,8 +67,11 @@ class Driver:
         return 0
 
 
-def compile_for(arch: int, call: Callable[[], object], only: tuple[str, ...] | None = None) -> list[Binary]:
-    """The binaries of the kernels that `call` launches, in order; `only` those named, without "_kernel"."""
+def compile_for(
+    arch: int, call: Callable[[], object], only: tuple[str, ...] | None = None, first: int | None = None
+) -> list[Binary]:
+    """The binaries of the kernels that `call` launches, in order; `only` those named, without "_kernel", and of them
+    the `first` so many."""
     launches = []
 
     def catch(*, fn, compile, **_):
@@ -79,7 +82,7 @@ def compile_for(arch: int, call: Callable[[], object], only: tuple[str, ...] | N
         with mock.patch.object(triton.knobs.runtime, "jit_cache_hook", catch):
             call()
         wanted = [(f, spec) for f, spec in launches if only is None or f.fn.__name__.removesuffix("_kernel") in only]
-        return [_build(arch, *launch) for launch in wanted]
+        return [_build(arch, *launch) for launch in wanted[:first]]
 
 
 _built: dict = {}

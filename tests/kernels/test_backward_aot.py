@@ -64,7 +64,7 @@ def check_weight_gradient(arch, arithmetic, binary):
         check_wide_stores(binary)
 
 
-@pytest.mark.parametrize(("arch", "arithmetic"), COMBINATIONS)
+@pytest.mark.parametrize(("arch", "arithmetic"), [c for c in COMBINATIONS if c not in ((86, "tf32"), (80, "ieee"))])
 def test_many_rows(arch, arithmetic):
     binaries = compile_for(arch, launch_mlp(arch, arithmetic, 512), PRODUCTS)
     (through,) = named(binaries, "product_backward")
@@ -79,6 +79,8 @@ def test_many_rows(arch, arithmetic):
     (product,) = named(binaries, "product")
     check_fits(arch, product)
     check_tensor_cores(arch, arithmetic, product)
+    if arithmetic == "half":
+        check_wide_copies(product)
 
 
 @pytest.mark.parametrize("rows", [8, 64])
