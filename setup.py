@@ -30,6 +30,9 @@ class CMakeBuild(build_ext):
             build = ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
         (build / "CMakeCache.txt").unlink(missing_ok=True)  # of tools that went with an isolated build's environment
+        cuda = os.environ.get("DYNCORE_CUDA") or "auto"
+        if cuda not in ("auto", "0", "1"):
+            raise SystemExit(f"DYNCORE_CUDA: expected auto, 0 or 1, got {cuda!r}")
         configure = [
             "cmake",
             "-S",
@@ -42,6 +45,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DDYNCORE_CUDA={cuda}",
         ]
         subprocess.run(configure, check=True)
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)

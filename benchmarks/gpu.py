@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -28,6 +29,9 @@ from benchmarks.gpu_cases import CAPTURABLE, CASES, Call, Case, Inputs, error, p
 
 PARTS = ("tests", "peaks", "plans", "token_skip", "moe", "few_rows")
 TEST_SECONDS = 200
+SANITIZERS = ("memcheck", "racecheck", "initcheck")  # tools of compute-sanitizer, where it is installed
+SANITIZED = "plan_ or any_strides"  # the tests that run under them
+SANITIZER_SECONDS = 20  # of each
 MEASURE_SECONDS = 270
 ROUNDS = (5, 60)  # fewest and most samples of a way
 # Worst error over max(rms, |reference|) above which a way counts as wrong. Rivals add up in bf16, hence the room.
@@ -191,6 +195,25 @@ def run_tests(out: Path) -> Record:
     return {"part": "tests", "case": "tests", "code": code, "summary": last, "seconds": time.perf_counter() - start}
 
 
+def run_sanitizer(out: Path, tool: str) -> Record:
+    """The tests of the CUDA C++ kernels under a tool of compute-sanitizer; its output goes to <tool>.log."""
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        return left_out(tool, "tests", tool, "compute-sanitizer is not installed")
+    tests = [sys.executable, "-m", "pytest", "tests/gpu/test_plans_gpu.py", "-m", "gpu", "-k", SANITIZED, "-q", "-x"]
+    command = [program, "--tool", tool, "--error-exitcode", "9", *tests, "-p", "no:cacheprovider"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=SANITIZER_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return left_out(tool, "tests", tool, f"stopped after {SANITIZER_SECONDS} s")
+    log = done.stdout + done.stderr
+    (out / f"{tool}.log").write_text(log)
+    last = next((line for line in reversed(log.splitlines()) if "ERROR SUMMARY" in line), "no summary")
+    return {"part": "tests", "case": tool, "code": done.returncode, "summary": last.strip("= ")}
+
+
 # ---------------------------------------------------------------- report
 
 
@@ -285,6 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "tests" in parts:
         records.append(run_tests(out))
         print(f"tests: {records[-1]['summary']}", flush=True)
+        records += [run_sanitizer(out, tool) for tool in SANITIZERS]
     deadline = time.monotonic() + MEASURE_SECONDS
     jobs: list[tuple[str, str, Callable[[], list[Record]]]] = []
     if "peaks" in parts:

@@ -161,11 +161,12 @@ def plan_makers(rows: int, device: torch.device) -> dict[str, Call]:
         torch.rand(max(rows // 4096, 1), min(rows, 4096), device=device),
     )
     gate, expert = torch.rand(rows, 64, device=device).topk(8, dim=1)
-    pairs = torch.rand(rows, 16, device=device) < 0.25
+    logits, pairs = torch.randn(rows, 64, device=device), torch.rand(rows, 16, device=device) < 0.25
     return {
         "select": lambda i: dc.select(mask),
         "select_topk": lambda i: dc.select_topk(scores, scores.shape[1] // 4),
         "route": lambda i: dc.route(expert, gate, num_groups=64),
+        "route_topk": lambda i: dc.route_topk(logits, 8, normalize=True),
         "route_mask": lambda i: dc.route_mask(pairs),
     }
 

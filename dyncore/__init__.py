@@ -9,7 +9,7 @@ from dyncore import backends as _backends  # noqa: F401  # registers the ops
 from dyncore import ops
 from dyncore.execution import execution
 from dyncore.ops import gather_rows, grouped_linear, grouped_mlp, scatter_rows, sparse_linear, sparse_mlp
-from dyncore.plan import Plan, route, route_mask, select, select_topk
+from dyncore.plan import Plan, route, route_mask, route_topk, select, select_topk
 
 if TYPE_CHECKING:
     from dyncore import convert, masks, measure, nn
@@ -29,6 +29,7 @@ __all__ = [
     "ops",
     "route",
     "route_mask",
+    "route_topk",
     "scatter_rows",
     "select",
     "select_topk",

@@ -1,4 +1,4 @@
-"""Plan, the only routing data structure, and what makes one: select, select_topk, route, route_mask.
+"""Plan, the only routing data structure, and what makes one: select, select_topk, route, route_topk, route_mask.
 
 A plan lists slots, pairs (row, group) to be computed, sorted by group. Nothing here waits for an accelerator: there
 buffers have their static upper bound and the live count stays on the device. On a CPU, run eagerly, slots are counted
@@ -20,6 +20,7 @@ from dyncore.backends import cpu
 _plan_inverse = torch.ops.dyncore.plan_inverse.default
 _plan_mask = torch.ops.dyncore.plan_mask.default  # its _op is what its __call__ calls, 0.2 us later
 _plan_route = torch.ops.dyncore.plan_route.default
+_plan_route_topk = torch.ops.dyncore.plan_route_topk.default
 _plan_topk = torch.ops.dyncore.plan_topk.default
 
 _MAX_INDEX = 2**31 - 1
@@ -289,6 +290,58 @@ def route(expert: Tensor, weight: Tensor | None = None, *, num_groups: int) -> P
     capacity = cpu.count_route(expert, num_groups) if eager else expert.numel()
     rows, offsets, row_offsets, row_slots, sources = _plan_route(expert, num_groups, capacity)
     return Plan(rows, offsets, _at_slots(weight, sources), expert.shape[0], row_offsets, row_slots, eager)
+
+
+class _RouteTopk(torch.autograd.Function):
+    """plan_route_topk with the gradient of its scale."""
+
+    @staticmethod
+    def forward(ctx, logits, k, normalize):
+        rows, offsets, row_offsets, row_slots, sources, scale, expert = _plan_route_topk(logits, k, normalize)
+        ctx.save_for_backward(logits, sources, scale, expert)
+        ctx.normalize = normalize
+        ctx.mark_non_differentiable(rows, offsets, row_offsets, row_slots)
+        return rows, offsets, row_offsets, row_slots, scale
+
+    @staticmethod
+    def backward(ctx, *grads):
+        logits, sources, scale, expert = ctx.saved_tensors
+        grad = grads[-1]
+        weight, dweight = (torch.zeros_like(t).scatter(0, sources.long(), t).view(expert.shape) for t in (scale, grad))
+        total = (weight * dweight).sum(1, keepdim=True)
+        if ctx.normalize:  # a softmax of the chosen logits alone
+            return torch.zeros_like(logits).scatter(1, expert.long(), weight * (dweight - total)), None, None
+        chosen = torch.zeros_like(logits).scatter(1, expert.long(), weight * dweight)
+        return chosen - logits.softmax(1) * total, None, None
+
+
+def route_topk(logits: Tensor, k: int, *, normalize: bool = False) -> Plan:
+    """The plan of a mixture of experts' router (Shazeer 2017): each row goes to the k groups of its highest logits,
+    weighted by their softmax. The same as route(*softmax(logits).topk(k)), in two kernels on a CUDA device.
+
+    Args:
+        logits: float [T, G]. Equal logits: the lower group wins; NaN ranks highest. Weights are made in float32
+            (float64 for float64).
+        k: groups of each row, 1..G. The count is static: no padding on any device.
+        normalize: divide the weights of a row by their sum.
+
+    Raises TypeError on dtypes, ValueError on shapes or a k outside 1..G.
+    """
+    _expect_tensor("logits", logits, dims=2)
+    if not logits.dtype.is_floating_point:
+        raise TypeError(f"logits: expected a floating dtype, got {logits.dtype}")
+    _expect_int("k", k)
+    num_rows, num_groups = logits.shape
+    if not 1 <= k <= num_groups:
+        raise ValueError(f"k: expected 1..{num_groups} (the number of groups), got {k}")
+    _expect_rows("logits", num_rows * k)
+    if logits.dtype not in (torch.float32, torch.float64):
+        logits = logits.float()
+    if torch.is_grad_enabled() and logits.requires_grad:
+        rows, offsets, row_offsets, row_slots, scale = _RouteTopk.apply(logits, k, normalize)
+    else:
+        rows, offsets, row_offsets, row_slots, _, scale, _ = _plan_route_topk(logits, k, normalize)
+    return Plan(rows, offsets, scale, num_rows, row_offsets, row_slots, True)
 
 
 def route_mask(mask: Tensor, weight: Tensor | None = None, *, max_slots: int | None = None) -> Plan:

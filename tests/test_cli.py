@@ -38,7 +38,7 @@ def test_env_says_versions_threads_and_every_backend():
     assert done.returncode == 0
     for word in (dyncore.__version__, torch.__version__, "instruction set", "threads", "GPU"):
         assert word in done.stdout
-    for backend in ("reference", "cpu", "triton"):
+    for backend in ("reference", "cpu", "cuda", "triton"):
         (line,) = [line for line in done.stdout.splitlines() if line.startswith(f"backend {backend}")]
         assert "available" in line
         assert "not available" not in line or ":" in line  # with its reason

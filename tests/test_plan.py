@@ -204,12 +204,64 @@ def test_a_plan_passes_into_and_out_of_a_compiled_function():
     check_invariants(made)
 
 
-@pytest.mark.parametrize("op", ["plan_mask", "plan_route", "plan_topk", "plan_inverse"])
+def by_hand(logits, k, normalize):
+    weight, expert = logits.softmax(-1).topk(k)
+    weight = weight / weight.sum(-1, keepdim=True) if normalize else weight
+    return dc.route(expert, weight, num_groups=logits.shape[1])
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("num_rows", "num_groups", "k"), [(0, 4, 2), (1, 1, 1), (40, 5, 1), (40, 5, 3), (40, 5, 5)])
+def test_route_topk_is_route_of_the_softmax_and_its_topk(num_rows, num_groups, k, normalize):
+    logits = torch.randn(num_rows, num_groups, dtype=torch.float64, requires_grad=True)
+    plan, want = dc.route_topk(logits, k, normalize=normalize), by_hand(logits, k, normalize)
+    check_invariants(plan)
+    assert plan.exact
+    for name in ("rows", "offsets", "row_offsets", "row_slots"):
+        assert torch.equal(getattr(plan, name), getattr(want, name)), name
+    torch.testing.assert_close(plan.scale, want.scale, rtol=1e-12, atol=1e-12)
+    if num_rows == 0:
+        return
+    grad = torch.randn_like(want.scale)
+    got, wanted = (torch.autograd.grad(p.scale, logits, grad)[0] for p in (plan, want))
+    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_the_gradient_of_route_topk_twice_over(normalize):
+    logits = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradgradcheck(lambda t: dc.route_topk(t, 2, normalize=normalize).scale, logits)
+
+
+def test_route_topk_breaks_ties_and_ranks_nan():
+    logits = torch.tensor([[1.0, 2.0, 2.0], [0.0, float("nan"), 5.0], [3.0, 3.0, 3.0]])
+    plan = dc.route_topk(logits, 1)
+    assert plan.offsets.tolist() == [0, 1, 3, 3]
+    assert plan.rows.tolist() == [2, 0, 1]
+    assert plan.scale.isnan().tolist() == [False, False, True]
+    halves = dc.route_topk(logits[::2].half(), 2, normalize=True)
+    assert halves.scale.dtype is torch.float32
+    torch.testing.assert_close(halves.scale, torch.full((4,), 0.5))
+
+
+def test_route_topk_in_a_compiled_function():
+    logits = torch.randn(12, 4, requires_grad=True)
+
+    def scale(t):
+        return dc.route_topk(t, 2, normalize=True).scale
+
+    want = torch.autograd.grad(scale(logits).square().sum(), logits)[0]
+    compiled = torch.compile(scale, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(logits).square().sum(), logits)[0], want)
+
+
+@pytest.mark.parametrize("op", ["plan_mask", "plan_route", "plan_route_topk", "plan_topk", "plan_inverse"])
 def test_opcheck(op):
     plan = dc.route(torch.randint(-1, 3, (9, 2)), num_groups=3)
     args = {
         "plan_mask": (torch.rand(9, 3) < 0.5, 27),
         "plan_route": (torch.randint(-1, 3, (9, 2)), 3, 18),
+        "plan_route_topk": (torch.randn(9, 4), 2, True),
         "plan_topk": (torch.randn(3, 7), 4),
         "plan_inverse": (plan.rows, plan.offsets, 9),
     }[op]
@@ -217,6 +269,11 @@ def test_opcheck(op):
 
 
 BAD_CALLS = [
+    (lambda: dc.route_topk(torch.zeros(3, 4), 5), ValueError, "k: expected 1..4 (the number of groups), got 5"),
+    (lambda: dc.route_topk(torch.zeros(3, 4), 0), ValueError, "k: expected 1..4 (the number of groups), got 0"),
+    (lambda: dc.route_topk(torch.zeros(3, 4), 1.0), TypeError, "k: expected an int, got float"),
+    (lambda: dc.route_topk(torch.zeros(3), 1), ValueError, "logits: expected 2 dimensions, got shape [3]"),
+    (lambda: dc.route_topk(torch.zeros(3, 4).int(), 1), TypeError, "logits: expected a floating dtype, got torch.int32"),
     (lambda: dc.select([True]), TypeError, "mask: expected a Tensor, got list"),
     (lambda: dc.select(torch.ones(3)), TypeError, "mask: expected a bool tensor, got torch.float32"),
     (lambda: dc.select(torch.ones(3).bool(), torch.ones(4)), ValueError, "scale: expected shape [3], got [4]"),

@@ -5,6 +5,8 @@
 
 #include <algorithm>
 
+#include "bindings/cuda.h"
+#include "bindings/plan.h"
 #include "bindings/sparse.h"
 #include "bindings/tensor.h"
 #include "common/isa.h"
@@ -15,46 +17,6 @@ using namespace dyncore;
 using namespace dyncore::bindings;
 
 namespace {
-
-// A plan's tensors; scale and the whole inverse map may be None.
-struct PlanTensors {
-  Indices rows, offsets;
-  Scales scale;
-  Indices row_offsets, row_slots;
-  Plan plan;
-
-  PlanTensors(py::handle rows_, py::handle offsets_, py::handle scale_, py::handle row_offsets_, py::handle row_slots_,
-              int64_t num_rows)
-      : rows("plan.rows", rows_),
-        offsets("plan.offsets", offsets_),
-        scale("plan.scale", scale_, Absence::allowed),
-        row_offsets("plan.row_offsets", row_offsets_, Absence::allowed),
-        row_slots("plan.row_slots", row_slots_, row_offsets ? Absence::refused : Absence::allowed) {
-    const int64_t capacity = rows.size(0);
-    scale.expect_length(capacity, "entries, one a slot");
-    row_slots.expect_length(capacity, "entries, one a slot");
-    row_offsets.expect_length(num_rows + 1, "entries, one more than rows");
-    if (offsets.size(0) < 1) offsets.expect_length(1, "entries at least");
-    plan = {rows.list(),      offsets.list(), scale.list(),        row_offsets.list(),
-            row_slots.list(), capacity,       offsets.size(0) - 1, num_rows};
-  }
-};
-
-// T, from the row_offsets [T+1] of a plan.
-int64_t rows_of(py::handle row_offsets) {
-  const Tensor t("plan.row_offsets", row_offsets);
-  t.expect_dims(1);
-  if (t.size(0) < 1) t.expect_length(1, "entries at least");
-  return t.size(0) - 1;
-}
-
-void expect_rows(const PlanTensors& p, std::initializer_list<const Tensor*> tensors) {
-  for (const Tensor* t : tensors) t->expect_length(p.plan.num_rows, "rows");
-}
-
-void expect_slots(const PlanTensors& p, std::initializer_list<const Tensor*> tensors) {
-  for (const Tensor* t : tensors) t->expect_length(p.plan.capacity, "slots");
-}
 
 // Checks the plan and runs the kernel, both without the GIL.
 template <class Op>
@@ -320,38 +282,6 @@ void grouped_mlp_backward(py::handle grad_, py::handle x_, py::handle w_in_, py:
 
 // Plans --------------------------------------------------------------------------------------------------------------
 
-// The lists of a plan being made: rows [A], offsets [G+1], row_offsets [T+1], row_slots [A], whose length is not known
-// from elsewhere; 0 slots or more.
-struct NewPlan {
-  Output rows, offsets, row_offsets, row_slots;
-
-  NewPlan(py::handle rows_, py::handle offsets_, py::handle row_offsets_, py::handle row_slots_)
-      : rows("rows", rows_),
-        offsets("offsets", offsets_),
-        row_offsets("row_offsets", row_offsets_),
-        row_slots("row_slots", row_slots_) {
-    for (const Output* list : {&rows, &offsets, &row_offsets, &row_slots}) list->expect_dims(1);
-  }
-
-  PlanBuffers expect(int64_t num_rows, int64_t groups, int64_t capacity) const {
-    rows.expect(kInt32, {capacity});
-    offsets.expect(kInt32, {groups + 1});
-    row_offsets.expect(kInt32, {num_rows + 1});
-    row_slots.expect(kInt32, {capacity});
-    return {rows.data<int32_t>(),
-            offsets.data<int32_t>(),
-            row_offsets.data<int32_t>(),
-            row_slots.data<int32_t>(),
-            capacity,
-            groups,
-            num_rows};
-  }
-};
-
-void expect_indices(const Tensor& expert) {
-  if (expert.type() != kInt32 && expert.type() != kInt64) throw py::type_error("expert: expected int32 or int64");
-}
-
 void make_plan_mask(py::handle mask_, py::handle rows_, py::handle offsets_, py::handle row_offsets_,
                     py::handle row_slots_) {
   const Contiguous mask("mask", mask_);
@@ -419,7 +349,7 @@ int64_t count_routed(py::handle expert_, int64_t num_groups) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compiled CPU kernels; dyncore/backends/cpu.py is their only caller.";
+  m.doc() = "Compiled kernels; dyncore/backends is their only caller.";
   find_tensor_api();
   m.def("supported_isas", &supported_isas);
   m.def("select_isa", &select_isa);
@@ -435,6 +365,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("grouped_mlp_fits", &grouped_mlp_fits);
   m.def("grouped_mlp_backward", &grouped_mlp_backward);
   define_sparse(m);
+#if defined(DYNCORE_WITH_CUDA)
+  define_cuda(m);
+#endif
   m.def("plan_mask", &make_plan_mask);
   m.def("plan_route", &make_plan_route);
   m.def("plan_topk", &make_plan_topk);

@@ -14,12 +14,11 @@ struct ExchangeApi {
   ExchangeApi* older;
   void *allocate, *export_managed, *import_managed;
   int (*look)(void* source, View* view);
-  void* current_stream;
+  int (*current_stream)(int32_t device_type, int32_t device_id, void** stream);
 };
 
 const ExchangeApi* api = nullptr;
 PyTypeObject *tensor_type = nullptr, *parameter_type = nullptr;
-constexpr int32_t kCpu = 1;
 
 // The API takes whatever it is given for a tensor, so that is asked first.
 bool is_tensor(py::handle source) {
@@ -54,15 +53,16 @@ void find_tensor_api() {
   if (!api || api->major != 1 || !api->look) throw py::import_error("this PyTorch has no DLPack exchange API 1.x");
 }
 
-Tensor::Tensor(const char* name, py::handle source, Absence absence) : name_(name) {
+Tensor::Tensor(const char* name, py::handle source, Absence absence, Device device) : name_(name), device_(device) {
   if (!source.is_none() || absence == Absence::refused) look(source);
 }
 
 void Tensor::look(py::handle source) {
   if (!is_tensor(source))
     throw py::type_error(std::string(name_) + ": expected a Tensor, got " + Py_TYPE(source.ptr())->tp_name);
-  if (!glance(source, view_))
-    throw py::value_error(std::string(name_) + ": expected a tensor with data on cpu, side by side or in strides");
+  if (!glance(source, view_, device_))
+    throw py::value_error(std::string(name_) + ": expected a tensor with data on " +
+                          (device_ == Device::cpu ? "cpu" : "cuda") + ", side by side or in strides");
   if (view_.data) view_.data = static_cast<char*>(view_.data) + view_.byte_offset;
   source_ = py::reinterpret_borrow<py::object>(source);
 }
@@ -125,11 +125,13 @@ void Tensor::expect_shape(std::initializer_list<int64_t> shape) const {
                         text(view_.sizes, view_.dims));
 }
 
-Contiguous::Contiguous(const char* name, py::handle source, Absence absence) : Tensor(name, source, absence) {
+Contiguous::Contiguous(const char* name, py::handle source, Absence absence, Device device)
+    : Tensor(name, source, absence, device) {
   if (*this && !contiguous()) convert("contiguous");
 }
 
-Rows::Rows(const char* name, py::handle source, Absence absence) : Tensor(name, source, absence) {
+Rows::Rows(const char* name, py::handle source, Absence absence, Device device)
+    : Tensor(name, source, absence, device) {
   expect_dims(2);
   if (*this && stride(1) != 1) convert("contiguous");
 }
@@ -144,7 +146,8 @@ WeightMatrix::WeightMatrix(const char* name, py::handle source, Absence absence)
   if (*this && stride(0) != 1 && stride(1) != 1) convert("contiguous");
 }
 
-Output::Output(const char* name, py::handle source, Absence absence) : Tensor(name, source, absence) {
+Output::Output(const char* name, py::handle source, Absence absence, Device device)
+    : Tensor(name, source, absence, device) {
   if (*this && !contiguous())
     throw py::value_error(std::string(name) + ": expected an output whose elements lie side by side, got strides");
 }
@@ -166,20 +169,28 @@ void WeightOutput::expect(const ElementType& type, std::initializer_list<int64_t
   expect_shape(shape);
 }
 
-Indices::Indices(const char* name, py::handle source, Absence absence) : Tensor(name, source, absence) {
+Indices::Indices(const char* name, py::handle source, Absence absence, Device device)
+    : Tensor(name, source, absence, device) {
   expect_dims(1);
   if (*this && type() == kInt64) saturate();
   expect_type(kInt32);
   if (*this && !contiguous()) convert("contiguous");
 }
 
-Scales::Scales(const char* name, py::handle source, Absence absence) : Tensor(name, source, absence) {
+Scales::Scales(const char* name, py::handle source, Absence absence, Device device)
+    : Tensor(name, source, absence, device) {
   expect_dims(1);
   if (*this && type() != kFloat) convert("float");
   if (*this && !contiguous()) convert("contiguous");
 }
 
-bool glance(py::handle source, View& view) {
+void* current_stream(int device_id) {
+  void* stream = nullptr;
+  if (api->current_stream(static_cast<int32_t>(Device::cuda), device_id, &stream) != 0) throw py::error_already_set();
+  return stream;
+}
+
+bool glance(py::handle source, View& view, Device device) {
   if (!is_tensor(source)) return false;
   if (api->look(source.ptr(), &view) != 0) {
     PyErr_Clear();
@@ -187,7 +198,7 @@ bool glance(py::handle source, View& view) {
   }
   // A tensor subclass may have a shape and no data of its own.
   const bool empty = std::find(view.sizes, view.sizes + view.dims, 0) != view.sizes + view.dims;
-  return view.device_type == kCpu && (view.data || empty);
+  return view.device_type == static_cast<int32_t>(device) && (view.data || empty);
 }
 
 bool glance_plain(py::handle source, View& view) {

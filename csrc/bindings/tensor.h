@@ -38,12 +38,13 @@ constexpr ElementType kFloat16{2, 16, 1}, kFloat{2, 32, 1}, kDouble{2, 64, 1}, k
 void find_tensor_api();
 
 enum class Absence { refused, allowed };
+enum class Device : int32_t { cpu = 1, cuda = 2 };  // DLPack's numbers
 
-// A CPU tensor, or nothing where None came and is allowed. A layout that the kernels cannot follow is read from a copy,
-// which lives as long as this object. Errors are ValueError and TypeError and name the argument.
+// A tensor on such a device, or nothing where None came and is allowed. A layout that the kernels cannot follow is read
+// from a copy, which lives as long as this object. Errors are ValueError and TypeError and name the argument.
 class Tensor {
  public:
-  Tensor(const char* name, py::handle source, Absence absence = Absence::refused);
+  Tensor(const char* name, py::handle source, Absence absence = Absence::refused, Device device = Device::cpu);
 
   explicit operator bool() const { return static_cast<bool>(source_); }
   template <class T = void>
@@ -56,6 +57,7 @@ class Tensor {
   // 1 where the dimension has one element at most: there it is never followed.
   int64_t stride(int dim) const { return view_.sizes[dim] > 1 ? view_.strides[dim] : 1; }
   int64_t elements() const;
+  int device_id() const { return view_.device_id; }
 
   // Each raises unless it holds, and lets an absent tensor pass.
   void expect_dims(int dims) const;
@@ -75,18 +77,19 @@ class Tensor {
   void look(py::handle source);
 
   const char* name_;
+  Device device_;
   py::object source_;
   View view_{};
 };
 
 // Any shape, elements side by side.
 struct Contiguous : Tensor {
-  Contiguous(const char* name, py::handle source, Absence absence = Absence::refused);
+  Contiguous(const char* name, py::handle source, Absence absence = Absence::refused, Device device = Device::cpu);
 };
 
 // [rows, columns], neighbouring columns side by side.
 struct Rows : Tensor {
-  Rows(const char* name, py::handle source, Absence absence = Absence::refused);
+  Rows(const char* name, py::handle source, Absence absence = Absence::refused, Device device = Device::cpu);
   Matrix matrix() const { return {data(), *this ? stride(0) : 0}; }
 };
 
@@ -104,7 +107,7 @@ struct WeightMatrix : Tensor {
 
 // What a kernel writes: elements side by side, never in a copy.
 struct Output : Tensor {
-  Output(const char* name, py::handle source, Absence absence = Absence::refused);
+  Output(const char* name, py::handle source, Absence absence = Absence::refused, Device device = Device::cpu);
   void expect(const ElementType& type, std::initializer_list<int64_t> shape) const;
 };
 
@@ -119,19 +122,23 @@ struct WeightOutput : Tensor {
 
 // int32, one dimension, side by side. An int64 that int32 cannot hold stays outside of every range that is checked.
 struct Indices : Tensor {
-  Indices(const char* name, py::handle source, Absence absence = Absence::refused);
+  Indices(const char* name, py::handle source, Absence absence = Absence::refused, Device device = Device::cpu);
   int32_t* list() const { return data<int32_t>(); }
 };
 
 // float, one dimension, side by side.
 struct Scales : Tensor {
-  Scales(const char* name, py::handle source, Absence absence = Absence::refused);
+  Scales(const char* name, py::handle source, Absence absence = Absence::refused, Device device = Device::cpu);
   float* list() const { return data<float>(); }
 };
 
-// Reads a CPU tensor without a word: false where `source` is anything else.
-bool glance(py::handle source, View& view);
-// The same, and false for subclasses other than Parameter: what they do when an op meets them is theirs to say.
+// PyTorch's current stream on a CUDA device.
+void* current_stream(int device_id);
+
+// Reads a tensor on such a device without a word: false where `source` is anything else.
+bool glance(py::handle source, View& view, Device device = Device::cpu);
+// The same of a CPU tensor, and false for subclasses other than Parameter: what they do when an op meets them is theirs
+// to say.
 bool glance_plain(py::handle source, View& view);
 // Whether `source` is a CPU tensor of this type and shape.
 bool fits(py::handle source, const ElementType& type, std::initializer_list<int64_t> shape);

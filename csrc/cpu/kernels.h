@@ -2,35 +2,15 @@
 // of functions exists per instruction set. Letters: T rows, A slots, G groups, H model width, I hidden width, N
 // outputs.
 #pragma once
-#include <cstdint>
+#include "common/types.h"
 
 namespace dyncore {
-
-enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 
 enum class Activation : int { none, relu, relu2, gelu, gelu_tanh, silu, swiglu, geglu, reglu };
 
 inline bool is_gated(Activation a) {
   return a == Activation::swiglu || a == Activation::geglu || a == Activation::reglu;
 }
-
-struct Plan {
-  const int32_t* rows;         // [A]
-  const int32_t* offsets;      // [G+1]
-  const float* scale;          // [A] or null
-  const int32_t* row_offsets;  // [T+1]
-  const int32_t* row_slots;    // [A]
-  int64_t capacity;            // A, padding included
-  int64_t groups;              // G
-  int64_t num_rows;            // T
-
-  int64_t live() const { return offsets[groups]; }
-};
-
-struct Matrix {
-  void* data;  // null where absent
-  int64_t stride;
-};
 
 // [G, N, K]; one of the two inner strides is 1.
 struct Weight {

@@ -1,8 +1,6 @@
 // Making plans and checking them. Counting passes over a few bytes a slot: one thread, no instruction set of its own.
 #pragma once
-#include <cstdint>
-
-#include "cpu/kernels.h"
+#include "common/types.h"
 
 namespace dyncore {
 
@@ -14,14 +12,6 @@ void check_plan(const Plan& plan, int64_t row_limit, bool uses_inverse);
 // A mask is read as bytes, and any but 0 is true: memory that others made bool may hold 255.
 int64_t count_mask(const uint8_t* mask, int64_t size);
 int64_t count_route(const void* expert, bool wide, int64_t size, int64_t num_groups);
-
-struct PlanBuffers {
-  int32_t* rows;         // [capacity]
-  int32_t* offsets;      // [groups+1]
-  int32_t* row_offsets;  // [num_rows+1]
-  int32_t* row_slots;    // [capacity]
-  int64_t capacity, groups, num_rows;
-};
 
 // Slots in the order of (group, row). Throws std::invalid_argument where the mask has more slots than the capacity.
 void plan_mask(const uint8_t* mask, const PlanBuffers& plan);

@@ -22,6 +22,10 @@ int main(int argc, char** argv) {
                         {"compressed", test_compressed},
                         {"sparse_linear", test_sparse_linear},
                         {"sparse_mlp", test_sparse_mlp},
+#if defined(DYNCORE_CUDA_ON_HOST)
+                        {"cuda plans", test_cuda_plans},
+                        {"cuda rows", test_cuda_rows},
+#endif
                         {"concurrent calls", test_concurrent_calls}};
   for (const Part& part : parts) {
     const auto named = [&](const char* name) { return std::strcmp(name, part.name) == 0; };

@@ -1,14 +1,15 @@
 """Registration of every op with PyTorch's dispatcher, which is the only backend registry.
 
-CPU tensors go to `cpu` (C++, else the reference), CUDA tensors to `triton` where it has the op, every other device to
-`reference`, fake tensors to `meta`. Ops registered here know nothing of autograd; `dyncore.ops` adds it.
+CPU tensors go to `cpu` (C++, else the reference), CUDA tensors to `cuda` (CUDA C++), else `triton`, else `reference`,
+every other device to `reference`, fake tensors to `meta`. Ops registered here know nothing of autograd; `dyncore.ops`
+adds it.
 """
 
 from __future__ import annotations
 
 import torch
 
-from dyncore.backends import cpu, cpu_sparse, meta, reference, triton
+from dyncore.backends import cpu, cpu_sparse, cuda, meta, reference
 
 _PLAN = "Tensor rows, Tensor offsets, Tensor? scale, Tensor row_offsets, Tensor row_slots"
 
@@ -16,6 +17,9 @@ SCHEMAS = {
     # mask [T, G], or [T]: one group
     "plan_mask": "(Tensor mask, SymInt capacity) -> (Tensor, Tensor, Tensor, Tensor)",
     "plan_route": "(Tensor expert, int num_groups, SymInt capacity) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # the plan, then sources, scale (the weights) and expert [T, k]
+    "plan_route_topk": "(Tensor logits, int k, bool normalize) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "plan_topk": "(Tensor scores, SymInt k) -> (Tensor, Tensor, Tensor, Tensor)",
     "plan_inverse": "(Tensor rows, Tensor offsets, SymInt num_rows) -> (Tensor, Tensor)",
     "gather_rows": "(Tensor x, Tensor rows, Tensor offsets) -> Tensor",
@@ -54,5 +58,5 @@ for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
     _library.impl(_name, getattr(cpu_sparse if _name.startswith("sparse") else cpu, _name), "CPU")
-    _library.impl(_name, getattr(triton, _name, getattr(reference, _name)), "CUDA")
+    _library.impl(_name, getattr(cuda, _name, None) or cuda.elsewhere(_name), "CUDA")
     _library.impl(_name, getattr(meta, _name), "Meta")

@@ -136,6 +136,10 @@ def plan_route(expert: Tensor, num_groups: int, capacity: int) -> tuple[Tensor, 
     return *plan, sources
 
 
+def plan_route_topk(logits: Tensor, k: int, normalize: bool) -> tuple[Tensor, ...]:
+    return reference.plan_route_topk(logits, k, normalize, plan_route)
+
+
 def plan_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not available:
         return reference.plan_topk(scores, k)

@@ -28,6 +28,13 @@ def plan_route(expert: Tensor, num_groups: int, capacity: int):
     return *_plan(expert, expert.shape[0], num_groups, capacity), expert.new_empty(capacity, dtype=torch.int32)
 
 
+def plan_route_topk(logits: Tensor, k: int, normalize: bool):
+    num_rows, num_groups = logits.shape
+    plan = _plan(logits, num_rows, num_groups, num_rows * k)
+    sources, expert = (logits.new_empty(shape, dtype=torch.int32) for shape in ((num_rows * k,), (num_rows, k)))
+    return *plan, sources, logits.new_empty(num_rows * k), expert
+
+
 def plan_topk(scores: Tensor, k: int):
     batch, seq = scores.shape
     return _plan(scores, batch * seq, 1, batch * k)

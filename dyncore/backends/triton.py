@@ -1,4 +1,4 @@
-"""The triton backend: the ops that have a Triton kernel (dyncore.kernels); CUDA has the rest from the reference.
+"""The triton backend: the ops that have Triton kernels (dyncore.kernels); CUDA has the rest from the reference.
 Floor 1. triton is imported at the first launch, so that `import dyncore` does without it.
 
 With TRITON_INTERPRET=1 set before the first launch, the same functions run on CPU tensors in Triton's interpreter.
@@ -62,6 +62,18 @@ def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
+def gather_rows(x: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
+    if not _can_launch(x):
+        return reference.gather_rows(x, rows, offsets)
+    from dyncore.kernels.common.slots import slots
+
+    reference.check_plan(rows, offsets, x.shape[0])
+    out = x.new_empty(rows.shape[0], x.shape[1])
+    with _on(x):
+        slots(x, rows, offsets, rows.shape[0], out=out, zero_padding=True, target=_target(x))
+    return out
+
+
 def scatter_rows(
     y: Tensor,
     base: Tensor | None,
@@ -83,6 +95,44 @@ def scatter_rows(
     return out
 
 
+def scatter_rows_backward(
+    grad: Tensor,
+    y: Tensor,
+    rows: Tensor,
+    offsets: Tensor,
+    scale: Tensor | None,
+    row_offsets: Tensor,
+    row_slots: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor]:
+    if not _can_launch(grad, y):
+        return reference.scatter_rows_backward(grad, y, rows, offsets, scale, row_offsets, row_slots, needs)
+    from dyncore.kernels.common.slots import slots
+    from dyncore.kernels.common.sums import row_sums
+
+    reference.check_plan(rows, offsets, row_offsets.shape[0] - 1)
+    num_slots, need_scale = rows.shape[0], needs[1] and scale is not None
+    dy = y.new_empty(num_slots, grad.shape[1]) if needs[0] else None
+    dscale = (y if scale is None else scale).new_empty(num_slots if need_scale else 0)
+    with _on(y):
+        pieces, _ = slots(
+            grad, rows, offsets, num_slots, scale=scale, value=y if need_scale else None, out=dy,
+            zero_padding=needs[0], sum_rows=need_scale, target=_target(y),
+        )  # fmt: skip
+        if need_scale:
+            row_sums([pieces], offsets, dscale)
+    return y.new_empty(0) if dy is None else dy, dscale
+
+
+def _target(x: Tensor):
+    """The device of x as launchers want it; the interpreter plays an sm_80 of few multiprocessors."""
+    from dyncore.kernels.common.configs import Target, architecture, device_facts
+
+    if not x.is_cuda:
+        return Target(architecture(_OLDEST), 2, False)
+    return Target(*device_facts(x.device.index), torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
 def grouped_linear(
     x: Tensor,
     weight: Tensor,
@@ -100,10 +150,89 @@ def grouped_linear(
     plan = (rows, offsets, scale, row_offsets, row_slots)
     if not _can_launch(x, weight, bias):
         return reference.grouped_linear(x, weight, bias, *plan, activation, gather, scatter, save)
-    from dyncore.kernels import grouped_linear as kernel
+    from dyncore.kernels import grouped_linear as kernels
 
     reference.check_plan(rows, offsets, row_offsets.shape[0] - 1)
-    arch = kernel.architecture(torch.cuda.get_device_capability(x.device) if x.is_cuda else _OLDEST)
-    tf32 = x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
     with _on(x):
-        return kernel.grouped_linear(x, weight, bias, *plan, activation, gather, scatter, save, arch=arch, tf32=tf32)
+        return kernels.grouped_linear(x, weight, bias, *plan, activation, gather, scatter, save, target=_target(x))
+
+
+def grouped_mlp(
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    residual: Tensor | None,
+    rows: Tensor,
+    offsets: Tensor,
+    scale: Tensor | None,
+    row_offsets: Tensor,
+    row_slots: Tensor,
+    activation: str,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    tensors = (x, w_in, w_out, b_in, b_out, residual)
+    plan = (rows, offsets, scale, row_offsets, row_slots)
+    if not _can_launch(*tensors):
+        return reference.grouped_mlp(*tensors, *plan, activation, save)
+    from dyncore.kernels import grouped_mlp as kernels
+
+    reference.check_plan(rows, offsets, row_offsets.shape[0] - 1)
+    with _on(x):
+        return kernels.grouped_mlp(*tensors, *plan, activation, save, target=_target(x))
+
+
+def grouped_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pre: Tensor,
+    rows: Tensor,
+    offsets: Tensor,
+    scale: Tensor | None,
+    row_offsets: Tensor,
+    row_slots: Tensor,
+    activation: str,
+    gather: bool,
+    scatter: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tensors = (grad, x, weight, bias, pre)
+    plan = (rows, offsets, scale, row_offsets, row_slots)
+    if not _can_launch(*tensors):
+        return reference.grouped_linear_backward(*tensors, *plan, activation, gather, scatter, needs)
+    from dyncore.kernels import grouped_linear as kernels
+
+    reference.check_plan(rows, offsets, row_offsets.shape[0] - 1)
+    form = (activation, gather, scatter, needs)
+    with _on(x):
+        return kernels.grouped_linear_backward(*tensors, *plan, *form, target=_target(x))
+
+
+def grouped_mlp_backward(
+    grad: Tensor,
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    pre: Tensor,
+    rows: Tensor,
+    offsets: Tensor,
+    scale: Tensor | None,
+    row_offsets: Tensor,
+    row_slots: Tensor,
+    activation: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tensors = (grad, x, w_in, w_out, b_in, b_out, pre)
+    plan = (rows, offsets, scale, row_offsets, row_slots)
+    if not _can_launch(*tensors):
+        return reference.grouped_mlp_backward(*tensors, *plan, activation, needs)
+    from dyncore.kernels import grouped_mlp as kernels
+
+    reference.check_plan(rows, offsets, row_offsets.shape[0] - 1)
+    with _on(x):
+        return kernels.grouped_mlp_backward(*tensors, *plan, activation, needs, target=_target(x))

@@ -15,7 +15,7 @@ import torch
 
 import dyncore
 from dyncore import break_even
-from dyncore.backends import cpu, triton
+from dyncore.backends import cpu, cuda, triton
 
 _CACHE_ROOT = Path("/sys/devices/system/cpu/cpu0/cache")
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -103,6 +103,7 @@ def _backends() -> dict[str, dict[str, Any]]:
     return {
         "reference": {"available": True, "reason": built},
         "cpu": {"available": bool(cpu.available), "reason": str(cpu.reason)},
+        "cuda": {"available": bool(cuda.available), "reason": str(cuda.reason)},
         "triton": {"available": bool(triton.available), "reason": str(triton.reason)},
     }
 

@@ -17,7 +17,7 @@ from dyncore.nn.gates import full_precision
 from dyncore.nn.mlp import ACTIVATIONS, MLP
 from dyncore.ops import grouped_mlp
 from dyncore.ops.packed import PackedMLP, grouped_mlp_packed
-from dyncore.plan import Plan, route, route_mask
+from dyncore.plan import Plan, route, route_mask, route_topk
 
 ROUTING = ("token_choice", "expert_choice")
 OPTIONS = ("routing", "normalize", "shared_experts")  # of from_experts; all else follows from the experts
@@ -108,7 +108,7 @@ class MoE(DynamicLayer):
         logits = full_precision(self.router, rows)
         if logits.shape != (rows.shape[0], self.num_experts):
             raise ValueError(f"router: expected logits [T, {self.num_experts}], got {list(logits.shape)}")
-        plan = self._route(torch.softmax(logits, dim=-1))
+        plan = self._route(logits)
         slots = plan.row_offsets[1:] - plan.row_offsets[:-1]
         self._record(plan, (slots.float() / self.num_experts).view(x.shape[:-1]), _logits=logits)
         residual = None if self.shared is None else self.shared(x)
@@ -151,7 +151,10 @@ class MoE(DynamicLayer):
         """Drop what `pack()` stored."""
         self._packed = None
 
-    def _route(self, probabilities: Tensor) -> Plan:
+    def _route(self, logits: Tensor) -> Plan:
+        if self.routing == "token_choice" and logits.is_cuda:  # two kernels; on a CPU topk is faster than its sort
+            return route_topk(logits, self.top_k, normalize=self.normalize)
+        probabilities = torch.softmax(logits, dim=-1)
         if self.routing == "token_choice":
             weight, expert = probabilities.topk(self.top_k, dim=-1)
             if self.normalize:

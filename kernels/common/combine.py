@@ -42,8 +42,12 @@ def combine_kernel(
         total = tl.load(base + t * stride_bt + d.to(tl.int64) * stride_bd, mask=live, other=0.0).to(tl.float32)
     else:
         total = tl.zeros([BLOCK_D], tl.float32)
-    for i in range(tl.load(row_offsets + t), tl.load(row_offsets + t + 1)):
-        slot = tl.load(row_slots + i).to(tl.int64)
+    first, end = tl.load(row_offsets + t), tl.load(row_offsets + t + 1)
+    following = tl.load(row_slots + first, mask=first < end, other=0)
+    for i in range(first, end):
+        slot = following.to(tl.int64)
+        # fetched while this slot is read, or each slot would wait for two loads, one after the other
+        following = tl.load(row_slots + i + 1, mask=i + 1 < end, other=0)
         y_ptr = y + slot * stride_ya + d.to(tl.int64) * stride_yd  # [BLOCK_D]
         part = tl.load(y_ptr, mask=live, other=0.0).to(tl.float32)
         if HAS_SCALE:

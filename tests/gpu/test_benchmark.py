@@ -108,6 +108,25 @@ def test_a_failure_of_dyncore_fails_the_run_but_not_the_other_cases(monkeypatch,
     assert any("ms" in r for r in records if r["part"] == "few_rows")
 
 
+def test_a_sanitizer_that_is_missing_slow_or_unhappy(monkeypatch, tmp_path):
+    tool = tmp_path / "compute-sanitizer"
+
+    def run(script):
+        tool.write_text(f"#!/bin/sh\n{script}\n")
+        tool.chmod(0o755)
+        return gpu.run_sanitizer(tmp_path, "memcheck")
+
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    assert "not installed" in run("")["left_out"]
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: str(tool))
+    assert run('echo "========= ERROR SUMMARY: 3 errors"; exit 9')["code"] == 9
+    clean = run('echo "========= ERROR SUMMARY: 0 errors"')
+    assert (clean["code"], clean["summary"]) == (0, "ERROR SUMMARY: 0 errors")
+    assert "ERROR SUMMARY" in (tmp_path / "memcheck.log").read_text()
+    monkeypatch.setattr(gpu, "SANITIZER_SECONDS", 0.1)
+    assert "stopped" in run("exec sleep 5")["left_out"]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
 def test_without_a_gpu_it_says_so_and_fails(tmp_path, capsys):
     assert gpu.main(["--out", str(tmp_path / "new")]) == 2

@@ -17,7 +17,15 @@ from dyncore.backends.reference.grouped import (
     scatter_rows,
     scatter_rows_backward,
 )
-from dyncore.backends.reference.plans import plan_inverse, plan_mask, plan_route, plan_topk
+from dyncore.backends.reference.plans import (
+    check_capacity,
+    check_experts,
+    plan_inverse,
+    plan_mask,
+    plan_route,
+    plan_route_topk,
+    plan_topk,
+)
 from dyncore.backends.reference.sparse import (
     sparse_hidden,
     sparse_linear,
@@ -27,6 +35,8 @@ from dyncore.backends.reference.sparse import (
 )
 
 __all__ = [
+    "check_capacity",
+    "check_experts",
     "check_plan",
     "gather_rows",
     "grouped_linear",
@@ -39,6 +49,7 @@ __all__ = [
     "plan_inverse",
     "plan_mask",
     "plan_route",
+    "plan_route_topk",
     "plan_topk",
     "scatter_rows",
     "scatter_rows_backward",

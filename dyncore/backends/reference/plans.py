@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,11 +18,22 @@ def plan_inverse(rows: Tensor, offsets: Tensor, num_rows: int) -> tuple[Tensor, 
     return row_offsets.int(), torch.where(key < num_rows, order, 0).int()
 
 
+def check_capacity(mask: Tensor, capacity: int) -> None:
+    """Raise unless the mask has at most `capacity` slots."""
+    if check_on(mask.device) and int(mask.sum()) > capacity:
+        raise ValueError(f"max_slots: the mask has {int(mask.sum())} slots, more than the capacity of {capacity}")
+
+
+def check_experts(expert: Tensor, num_groups: int) -> None:
+    """Raise unless every index lies below `num_groups`."""
+    if check_on(expert.device) and expert.numel() and int(expert.max()) >= num_groups:
+        raise IndexError(f"expert: expected indices below num_groups={num_groups}, got {int(expert.max())}")
+
+
 def plan_mask(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_rows, num_groups = mask.shape if mask.dim() == 2 else (mask.shape[0], 1)
     by_group = mask.t().reshape(-1)
-    if check_on(mask.device) and int(by_group.sum()) > capacity:
-        raise ValueError(f"max_slots: the mask has {int(by_group.sum())} slots, more than the capacity of {capacity}")
+    check_capacity(mask, capacity)
     position = by_group.long().cumsum(0) - 1
     kept = by_group & (position < capacity)
     row = torch.arange(num_rows, device=mask.device, dtype=torch.int32).repeat(num_groups)
@@ -34,8 +47,7 @@ def plan_mask(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tens
 def plan_route(expert: Tensor, num_groups: int, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_rows, k = expert.shape
     flat = expert.reshape(-1)
-    if check_on(expert.device) and flat.numel() and int(flat.max()) >= num_groups:
-        raise IndexError(f"expert: expected indices below num_groups={num_groups}, got {int(flat.max())}")
+    check_experts(expert, num_groups)
     key, order = torch.sort(torch.where(flat < 0, num_groups, flat.clamp(max=num_groups)), stable=True)
     offsets = torch.searchsorted(key, torch.arange(num_groups + 1, device=key.device, dtype=key.dtype))
     offsets = offsets.clamp(max=capacity).int()
@@ -43,6 +55,16 @@ def plan_route(expert: Tensor, num_groups: int, capacity: int) -> tuple[Tensor, 
     sources = torch.nn.functional.pad(sources, (0, capacity - sources.shape[0]))
     rows = sources // max(k, 1)
     return rows, offsets, *plan_inverse(rows, offsets, num_rows), sources
+
+
+def plan_route_topk(
+    logits: Tensor, k: int, normalize: bool, make_route: Callable[..., tuple[Tensor, ...]] = plan_route
+) -> tuple[Tensor, ...]:
+    highest, expert = torch.sort(logits, dim=1, descending=True, stable=True)
+    expert = expert[:, :k]
+    weight = highest[:, :k].softmax(1) if normalize else logits.softmax(1).gather(1, expert)
+    *plan, sources = make_route(expert, logits.shape[1], expert.numel())
+    return *plan, sources, weight.reshape(-1).index_select(0, sources), expert.int()
 
 
 def plan_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
