@@ -186,3 +186,110 @@ def test_from_dense_says_why_a_forward_is_no_mlp():
 
 def test_linear_layers_without_an_activation_are_no_mlp():
     assert dc.convert.relu_sparse(nn.ModuleDict({"ff": Two(lambda m, x: m.b(m.a(x)))})).kept == ()
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        nn.Module.__init__(self)  # not super(): see beside_a_linear
+        self.a, self.b = nn.Linear(16, 40), nn.Linear(40, 16)
+
+    def forward(self, x):
+        return self.b(F.relu(self.a(x)))
+
+
+class Frozen(Plain):
+    def forward(self, x):
+        with torch.no_grad():
+            h = F.relu(self.a(x))
+        return self.b(h)
+
+
+class FullPrecision(Plain):
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return self.b(F.relu(self.a(x)))
+
+
+class Decorated(Plain):
+    @torch.no_grad()
+    def forward(self, x):
+        return self.b(F.relu(self.a(x)))
+
+
+class Switched(Plain):
+    def __init__(self):
+        Plain.__init__(self)
+        self.noise = 0.0
+
+    def forward(self, x):
+        h = F.relu(self.a(x))
+        return self.b(h + torch.randn_like(h) if self.noise else h)
+
+
+class Scheduled(Plain):
+    def __init__(self):
+        Plain.__init__(self)
+        self.p = 0.0
+
+    def forward(self, x):
+        return self.b(F.dropout(F.relu(self.a(x)), self.p, self.training))
+
+
+class Helped(Plain):
+    def forward(self, x):
+        return self.b(self.encode(x))
+
+    def encode(self, x):
+        return F.relu(self.a(x))
+
+
+class Recording(Plain):
+    def __init__(self):
+        Plain.__init__(self)
+        self.history = []
+
+    def forward(self, x):
+        h = F.relu(self.a(x))
+        self.history.append(h)
+        return self.b(h)
+
+
+class Counting(Plain):
+    def __init__(self):
+        Plain.__init__(self)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.b(F.relu(self.a(x)) + 0 * torch.rand(()))
+
+
+class Unpickled(Plain):
+    def __getstate__(self):
+        raise RuntimeError("not to be pickled")
+
+
+def beside_a_linear(kind):
+    """A model with a module of this kind, which no class stands behind: what a base has would be lost, too."""
+    parts = {n: v for n, v in {**vars(Plain), **vars(kind)}.items() if n not in ("__dict__", "__weakref__")}
+    return nn.Sequential(nn.Linear(16, 16), type(kind.__name__, (nn.Module,), parts)())
+
+
+def test_nothing_but_layers_and_a_forward_is_replaced_whole():
+    model = beside_a_linear(Plain)
+    dc.convert.relu_sparse(model)
+    assert isinstance(model[1], SparseMLP)
+
+
+@pytest.mark.parametrize(
+    "kind", [Frozen, FullPrecision, Decorated, Switched, Scheduled, Helped, Recording, Counting, Unpickled]
+)
+def test_a_module_that_would_lose_something_stays(kind):
+    model = beside_a_linear(kind)
+    before, state = {n: v.clone() for n, v in model.state_dict().items()}, torch.get_rng_state()
+    dc.convert.relu_sparse(model)
+    assert type(model[1]).__name__ == kind.__name__
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    history = getattr(model[1], "history", [])
+    assert not any(isinstance(h, torch.fx.Proxy) for h in history)

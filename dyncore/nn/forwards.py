@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import copy
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from dyncore.nn.experts import DROPOUTS, activation_name
@@ -84,8 +85,62 @@ def may_follow(linears: dict[str, nn.Module]) -> bool:
 
 
 class _Tracer(fx.Tracer):
+    """Runs no child; notes whether gradients were switched on or off in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._mode = self._modes()
+        self.changed_mode = False
+
+    @staticmethod
+    def _modes() -> tuple[bool, bool]:
+        return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        self.changed_mode |= self._modes() != self._mode
+        return super().create_node(*args, **kwargs)
+
+
+class _Bare(nn.Module):
+    """What Python writes into any class."""
+
+    note: int
+
+    def __init__(self) -> None:
+        super().__init__()
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """`module` with all that its forward may change copied: what a trace stores must not stay in `module`."""
+    twin = type(module).__new__(type(module))
+    for name, value in module.__dict__.items():
+        twin.__dict__[name] = copy.copy(value) if isinstance(value, (dict, list, set)) else value
+    twin.__dict__["_buffers"] = {n: None if b is None else b.clone() for n, b in module._buffers.items()}
+    return twin
+
+
+def _stores(twin: nn.Module) -> bool:
+    """Whether a trace of its forward left something in it."""
+    held = pytree.tree_leaves([v for n, v in twin.__dict__.items() if n != "_modules"])
+    return any(isinstance(v, fx.Proxy) for v in held) or any(isinstance(v, fx.Proxy) for v in twin.__dict__.values())
+
+
+def _besides(module: nn.Module) -> str:
+    """What another module in its place would lose, besides its layers: "" if nothing."""
+    kind = type(module)
+    if kind.__bases__ != (nn.Module,) or vars(kind).keys() - vars(_Bare).keys() - {"forward", "extra_repr"}:
+        return "which has more than a forward"
+    code = getattr(kind.forward, "__code__", None)
+    if code is None or hasattr(kind.forward, "__wrapped__"):
+        return "whose forward is wrapped"
+    plain = {n: v for n, v in vars(module).items() if n not in vars(nn.Module()) and not callable(v)}
+    if "autocast" in code.co_names:
+        return "whose forward sets autocast"
+    read = [n for n in code.co_names if n in plain]
+    return f"whose forward reads {', '.join(read)}" if read else ""
 
 
 def read_forward(module: nn.Module) -> Forward:
@@ -94,16 +149,17 @@ def read_forward(module: nn.Module) -> Forward:
         raise ValueError("a forward that was put over its class's")
     if type(module).forward is nn.Module.forward:
         raise ValueError("it has no forward")
-    twin = copy.copy(module)  # what a forward stores must not stay in `module`: it would be a part of the trace
-    for kind in ("_modules", "_parameters", "_buffers"):
-        twin.__dict__[kind] = dict(module.__dict__[kind])
-    before = set(map(id, twin.__dict__.values()))
+    tracer = _Tracer()
     try:
-        graph = _Tracer().trace(twin)
+        with torch.random.fork_rng(devices=[]):
+            twin = _twin(module)
+            graph = tracer.trace(twin)
     except Exception as error:  # whatever a forward does with what is no tensor
         raise ValueError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
-    stores = any(isinstance(v, fx.Proxy) for v in twin.__dict__.values() if id(v) not in before)
-    return _Reader(module, graph).read(stores)
+    more = "which stores what it computes" if _stores(twin) else _besides(module)
+    if not more and tracer.changed_mode:
+        more = "part of which computes with gradients switched on or off"
+    return _Reader(module, graph).read(more)
 
 
 def _into(node: fx.Node) -> fx.Node | None:
@@ -116,11 +172,12 @@ class _Reader:
     def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
         self.graph, self.modules = graph, dict(module.named_modules())
 
-    def read(self, stores: bool) -> Forward:
+    def read(self, more: str) -> Forward:
+        """more: why none of its calls is the whole of it, if that is known."""
         found = {node: call for node in self.graph.nodes if (call := self._call(node)) is not None}
         calls = tuple(call for call, _ in found.values())
-        if stores:
-            return Forward(calls, None, None, "which stores what it computes")
+        if more:
+            return Forward(calls, None, None, more)
         output = next(node for node in self.graph.nodes if node.op == "output")
         result = _into(output)
         end, dropout = (None, None) if result is None else self._past_dropout(result)
@@ -178,12 +235,13 @@ class _Reader:
         if dropped is None or not is_linear(self._module(node)):
             return None
         hidden, dropout = self._past_dropout(dropped)
-        if hidden is not None and hidden.target is F.dropout:  # no module: such a call is never whole
-            hidden = _into(hidden)
+        chain = {node, dropped}
+        if hidden is not None and hidden.target is F.dropout:
+            chain, hidden = {node}, _into(hidden)  # no module: such a call is never whole
         if hidden is None:
             return None
         found, gated, up = self._activation(hidden), self._gate(hidden), None
-        chain = {node, dropped, hidden}
+        chain.add(hidden)
         if gated is not None:
             found, gate, up = gated
             chain |= {gate, up}

@@ -30,11 +30,18 @@ _function_modes = torch._C._len_torch_function_stack
 _profiled = torch.autograd._profiler_enabled  # pyright: ignore[reportPrivateImportUsage]
 
 
-def unseen() -> bool:
-    """Whether nothing is there to see an op go through PyTorch's dispatcher: no mode, function transform, tracer or
-    profiler. A kernel may then be called without it, which takes half the time (cold, 55 us instead of 105)."""
+def unseen(*tensors: Tensor | None) -> bool:
+    """Whether nothing is there to see an op on plain tensors go through PyTorch's dispatcher: no mode, function
+    transform or tracer, no profiler of this thread, and no tensor whose values are the negative of its memory.
+
+    A kernel may then be called without it, which takes half the time (cold, 55 us instead of 105)."""
     keys = _included().raw_repr()
-    return (keys == _EAGER or keys == _INFERENCE) and not (_function_modes() or _profiled())
+    if not (keys == _EAGER or keys == _INFERENCE) or _function_modes() or _profiled():
+        return False
+    for t in tensors:
+        if t is not None and t.is_neg():
+            return False
+    return True
 
 
 class _Refuse(torch.autograd.Function):

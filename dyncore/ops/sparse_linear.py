@@ -91,6 +91,6 @@ def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     elif wants_grad(h, weight, bias):
         out = _SparseLinear.apply(h, weight, bias, skip)
     else:
-        forward = cpu_sparse.sparse_linear if fit and unseen() else _forward
+        forward = cpu_sparse.sparse_linear if fit and unseen(h, weight, bias) else _forward
         out = forward(h, weight, bias, skip)
     return out if len(shape) == 2 else out.view(*shape[:-1], weight.shape[0])

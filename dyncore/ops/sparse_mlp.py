@@ -162,6 +162,6 @@ def sparse_mlp(
         capacity = -1 if is_eager_cpu(x) else x.shape[0] * w_out.shape[1]
         out = _SparseMLP.apply(x, w_in, w_out, b_in, b_out, activation, skip, save, capacity)
     else:
-        forward = cpu_sparse.sparse_mlp if fit and unseen() else _forward
+        forward = cpu_sparse.sparse_mlp if fit and unseen(x, w_in, w_out, b_in, b_out) else _forward
         out = forward(x, w_in, w_out, b_in, b_out, activation, skip, "none", 0)[0]
     return out if len(shape) == 2 else out.view(shape)

@@ -306,6 +306,14 @@ def test_a_tensor_of_a_class_of_its_own_sees_the_op(op):
 
 
 @pytest.mark.parametrize("op", _CALLS)
+def test_a_tensor_that_is_the_negative_of_its_memory(op):
+    args = _one_row(op)
+    for i, t in enumerate(args):
+        want = _CALLS[op](*args[:i], -t, *args[i + 1 :])
+        assert torch.equal(_CALLS[op](*args[:i], torch._neg_view(t), *args[i + 1 :]), want)
+
+
+@pytest.mark.parametrize("op", _CALLS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_a_trace_holds_the_op_and_no_constant(op):
     first, *rest = _one_row(op)
