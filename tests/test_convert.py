@@ -231,6 +231,18 @@ def test_the_parts_of_a_fused_opt_layer_say_what_they_are(transformers):
         layer.fc2(torch.ones(3, widths[1]))
 
 
+def test_a_fused_opt_layer_is_measured_by_its_old_names(transformers):
+    model, names = opt(transformers), [f"model.decoder.layers.0.{n}" for n in ("activation_fn", "fc2")]
+    measure = dc.measure.activation_sparsity
+    want = measure(model, [TOKENS], layers=names).layers
+    dc.convert.relu_sparse(model)
+    got = measure(model, [TOKENS], layers=names).layers
+    assert list(got) == list(want) == names
+    for name in names:
+        assert torch.equal(got[name].fired, want[name].fired)
+    assert not any(name.endswith("fc2") for name in measure(model, [TOKENS]).unwatched)
+
+
 def test_a_model_without_an_mlp_says_what_would_be_one():
     assert "no dense MLP was recognised" in repr(dc.convert.relu_sparse(nn.Linear(3, 4)))
 
@@ -401,6 +413,13 @@ def test_the_report_reads_as_a_list():
     ]
 
 
+def test_a_second_report_counts_what_skips_already():
+    model = Net()
+    dc.convert.relu_sparse(model)
+    lines = str(dc.convert.relu_sparse(model)).splitlines()
+    assert lines[:2] == ["0 swapped, 1 kept, already sparse: 4", "  ff: SparseMLP already sparse"]
+
+
 def test_save_reaches_every_layer():
     model = nn.ModuleList([Net(), nn.TransformerEncoderLayer(16, 4, 48)])
     dc.convert.relu_sparse(model, save="recompute")
@@ -494,6 +513,8 @@ def test_all_weights_of_a_model_are_laid_out_in_one_call(transformers):
 def test_bad_arguments_name_themselves():
     with pytest.raises(TypeError, match="model: expected a module, got str"):
         dc.convert.lay_out("opt", neuron_major=False)
+    with pytest.raises(TypeError, match="neuron_major: expected a bool, got str"):
+        dc.convert.lay_out(feed_forward(), neuron_major="yes")
     with pytest.raises(TypeError, match="model: expected a module, got str"):
         dc.convert.relu_sparse("opt")
     with pytest.raises(ValueError, match="save: expected one of compressed, dense, recompute, got 'all'"):

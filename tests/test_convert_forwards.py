@@ -293,3 +293,77 @@ def test_a_module_that_would_lose_something_stays(kind):
     assert torch.equal(torch.get_rng_state(), state)
     history = getattr(model[1], "history", [])
     assert not any(isinstance(h, torch.fx.Proxy) for h in history)
+
+
+class Named(nn.Module):
+    """Under the usual names, with something before the second layer that no name shows."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(16, 40), nn.ReLU(), nn.Linear(40, 16)
+        self.norm, self.between = nn.LayerNorm(40), between
+
+    def forward(self, x):
+        return self.fc2(self.between(self, self.act(self.fc1(x))))
+
+
+@pytest.mark.parametrize(
+    ("between", "lost"),
+    [
+        (lambda m, h: m.norm(h), "LayerNorm"),
+        (lambda m, h: F.layer_norm(h, (40,)), "layer_norm"),
+        (lambda m, h: h + 1, "add"),
+    ],
+)
+def test_a_layer_that_the_zeros_do_not_reach_is_left_alone(between, lost):
+    model = nn.ModuleDict({"ff": Named(between)})
+    report = dc.convert.relu_sparse(model)
+    assert report.swapped == ()
+    (kept,) = report.kept
+    assert kept.reason == f"expected the zeros of the ReLU as the input of fc2, got {lost} in between, which keeps none"
+    assert type(model["ff"].fc2) is nn.Linear
+
+
+@pytest.mark.parametrize("between", [lambda m, h: h.view(-1, 40).float(), lambda m, h: F.dropout(h, 0.2) * 2])
+def test_what_keeps_zeros_may_stand_before_a_named_layer(between):
+    (swap,) = dc.convert.relu_sparse(nn.ModuleDict({"ff": Named(between)})).swapped
+    assert (swap.name, swap.now) == ("ff.fc2", "SparseLinear")
+
+
+@pytest.mark.parametrize(
+    ("run", "between"),
+    [
+        (lambda m, x: m.b(F.layer_norm(F.relu(m.a(x)), (40,))), "relu, layer_norm"),
+        (lambda m, x: m.b(m.a(x).clamp(min=0)), "clamp"),
+        (lambda m, x: m.b(F.threshold(m.a(x), 0, 0)), "threshold"),
+    ],
+    ids=["norm", "clamp", "threshold"],
+)
+def test_zeros_whose_way_is_not_understood_are_told(run, between):
+    report = dc.convert.relu_sparse(nn.ModuleDict({"ff": Two(run)}))
+    assert report.swapped == ()
+    assert [k.reason for k in report.kept] == [
+        "expected a ReLU, its square or a gate by it between a and b, and at most a dropout, got what is not "
+        f"understood: {between}"
+    ]
+
+
+def test_a_sequential_with_a_norm_before_its_relu_skips_and_with_one_behind_it_does_not():
+    before = nn.Sequential(nn.Linear(16, 40), nn.BatchNorm1d(40), nn.ReLU(), nn.Linear(40, 16))
+    check_swap = dc.convert.relu_sparse(nn.ModuleDict({"ff": before}))
+    assert [(s.name, s.now) for s in check_swap.swapped] == [("ff.3", "SparseLinear")]
+    behind = nn.Sequential(nn.Linear(16, 40), nn.ReLU(), nn.LayerNorm(40), nn.Linear(40, 16))
+    (kept,) = dc.convert.relu_sparse(nn.ModuleDict({"ff": behind})).kept
+    assert kept.reason.endswith("between 0 and 3, and at most a dropout, got what is not understood: relu, LayerNorm")
+
+
+def test_what_torch_fx_stumbles_over_is_told_in_few_words():
+    from dyncore.nn import forwards
+
+    def stumbles(self, root, concrete_args=None):
+        raise ValueError("code: co_varnames is too small")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forwards._Tracer, "trace", stumbles)
+        with pytest.raises(ValueError, match=r"not understood: torch.fx can make no trace of it \(ValueError\)"):
+            SparseMLP.from_dense(Two(relu_function))

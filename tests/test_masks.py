@@ -248,3 +248,14 @@ def test_replay_repeats_neurons_as_they_fired_elsewhere():
 def test_masks_are_loaded_at_first_use():
     probe = "import sys, dyncore; assert 'dyncore.masks' not in sys.modules; dyncore.masks.uniform(2, 3, density=0.5)"
     subprocess.run([sys.executable, "-c", probe], check=True)
+
+
+def test_a_generator_that_is_none_names_itself():
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    for make in (
+        lambda g: masks.beta(2, 3, preset="opt-30b", generator=g),
+        lambda g: masks.uniform(2, 3, density=0.1, generator=g),
+        lambda g: masks.activations(mask, generator=g),
+    ):
+        with pytest.raises(TypeError, match=r"generator: expected a torch\.Generator or None, got int"):
+            make(5)

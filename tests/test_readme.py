@@ -1,4 +1,4 @@
-"""The README's code runs as it stands."""
+"""The code in the README and on the page about ReLU sparsity runs as it stands."""
 
 import re
 from pathlib import Path
@@ -6,11 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROOT = Path(__file__).resolve().parents[1]
+SNIPPETS = {
+    f"{page}:{at}": snippet
+    for page in ("README.md", "docs/relu_sparsity.md")
+    for at, snippet in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL))
+}
 
 
-@pytest.mark.parametrize("snippet", range(len(SNIPPETS)))
+@pytest.mark.parametrize("snippet", SNIPPETS)
 def test_snippets_run(snippet, capsys):
     torch.use_deterministic_algorithms(False)  # as a reader runs them
     names = {}
@@ -19,4 +23,4 @@ def test_snippets_run(snippet, capsys):
 
 
 def test_there_are_snippets():
-    assert len(SNIPPETS) >= 2
+    assert {name.partition(":")[0] for name in SNIPPETS} == {"README.md", "docs/relu_sparsity.md"}

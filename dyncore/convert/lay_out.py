@@ -13,10 +13,12 @@ def lay_out(model: nn.Module, *, neuron_major: bool) -> int:
     For what refuses Parameters with strides (1, N): FSDP, torch.nn.utils.parameters_to_vector, safetensors by itself.
     Numbers, shapes, names and Parameters stay; with few rows, row-major weights are read in full.
 
-    Returns how many layers were laid out. Raises TypeError where `model` is no module.
+    Returns how many layers were laid out. Raises TypeError where `model` is no module or `neuron_major` no bool.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module, got {type(model).__name__}")
+    if not isinstance(neuron_major, bool):
+        raise TypeError(f"neuron_major: expected a bool, got {type(neuron_major).__name__}")
     layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
     for layer in layers:
         layer.lay_out(neuron_major)

@@ -27,6 +27,7 @@ from dyncore.ops.sparse_mlp import SAVE
 _INLINE = {"transformers.models.opt.modeling_opt.OPTDecoderLayer": ("fc1", "activation_fn", "fc2")}
 _ACTIVATION_NAMES = ("act_fn", "act", "activation", "activation_fn", "intermediate_act_fn")
 _RELUS = ("relu", "relu2")
+_ALREADY = "already sparse"
 _DONE = (SparseMLP, SparseLinear, FusedFirst, *SPARSE.values())
 
 
@@ -68,7 +69,8 @@ class Report:
     kept: tuple[Kept, ...]
 
     def __repr__(self) -> str:
-        lines = [f"{len(self.swapped)} swapped, {len(self.kept)} kept"]
+        done = sum(k.reason == _ALREADY for k in self.kept)
+        lines = [f"{len(self.swapped)} swapped, {len(self.kept) - done} kept" + f", {_ALREADY}: {done}" * bool(done)]
         if not self.swapped and not self.kept:
             lines.append(
                 "  no dense MLP was recognised: two nn.Linear around a ReLU in a Sequential, by names or in a trace"
@@ -76,7 +78,9 @@ class Report:
         for s in self.swapped:
             note = f" ({s.note})" if s.note else ""
             lines.append(f"  {s.name}: {s.was} -> {s.now}, {s.activation}, H={s.shape[0]}, I={s.shape[1]}{note}")
-        return "\n".join(lines + [f"  {k.name}: {k.kind} kept: {k.reason}" for k in self.kept])
+        for k in self.kept:
+            lines.append(f"  {k.name}: {k.kind} {k.reason if k.reason == _ALREADY else f'kept: {k.reason}'}")
+        return "\n".join(lines)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,13 +89,15 @@ class _Pair:
 
     last: str  # its path in the module
     activation: str
+    by_names: bool = False  # what its module's forward does in between is still to be read
 
 
 def _in_sequence(module: nn.Sequential) -> Iterator[_Pair]:
-    """Linear, activation, Linear, with dropouts anywhere."""
+    """An activation and a Linear behind another Linear, with dropouts anywhere; what makes the input is free."""
     order = [(n, m) for n, m in module.named_children() if not isinstance(m, (nn.Identity, *DROPOUTS))]
-    for (_, first), (_, act), (name, last) in zip(order, order[1:], order[2:], strict=False):
-        if is_linear(first) and is_linear(last) and is_activation(act):
+    first = next((i for i, (_, m) in enumerate(order) if is_linear(m)), len(order))
+    for (_, act), (name, last) in zip(order[first + 1 :], order[first + 2 :], strict=False):
+        if is_linear(last) and is_activation(act):
             yield _Pair(name, name_of(act))
 
 
@@ -109,7 +115,7 @@ def _by_names(module: nn.Module) -> Iterator[_Pair]:
         if all(is_linear(module._modules.get(n)) for n in (first, up, last) if n):
             act = _shown_activation(module)
             if act is not None:
-                yield _Pair(last, name_of(act))
+                yield _Pair(last, name_of(act), by_names=True)
             return
     inner, output = module._modules.get("intermediate"), module._modules.get("output")  # BERT and ViT
     if inner is not None and output is not None and is_linear(inner._modules.get("dense")):
@@ -124,7 +130,7 @@ def _by_forward(module: nn.Module) -> Iterator[_Pair]:
     if not may_follow(linears):
         return
     try:
-        calls = read_forward(module).calls
+        forward = read_forward(module)
     except ValueError as error:
         if len(linears) == 2 and type(module).forward is not nn.Module.forward:
             raise ValueError(
@@ -132,13 +138,31 @@ def _by_forward(module: nn.Module) -> Iterator[_Pair]:
                 f"finds, got none ({error}); an nn.ReLU as a child shows"
             ) from error
         return
-    for call in calls:
+    for call in forward.calls:
         yield _Pair(call.last, call.activation)
+    if not forward.calls:
+        for last, (first, passed, _) in forward.between.items():
+            raise ValueError(
+                f"expected a ReLU, its square or a gate by it between {first} and {last}, and at most a dropout, "
+                f"got what is not understood: {', '.join(passed)}"
+            )
+
+
+def _expect_zeros(module: nn.Module, last: str) -> None:
+    """ValueError where a trace shows that the ReLU's zeros do not reach `last`."""
+    try:
+        between = read_forward(module).between.get(last)
+    except ValueError:  # the names have to do
+        return
+    if between is not None and between.loses is not None:
+        raise ValueError(
+            f"expected the zeros of the ReLU as the input of {last}, got {between.loses} in between, which keeps none"
+        )
 
 
 def _pairs(module: nn.Module) -> list[_Pair]:
     if isinstance(module, nn.Sequential):
-        return list(_in_sequence(module))
+        return list(_in_sequence(module)) or list(_by_forward(module))
     return list(_by_names(module)) or list(_by_forward(module))
 
 
@@ -221,7 +245,7 @@ class _Conversion:
         if isinstance(module, FusedFirst):  # its parts are told by the layer that holds them
             name = name.rpartition(".")[0]
             module = self.model.get_submodule(name)
-        self.kept.append(Kept(name or "the model", type(module).__name__, "already sparse"))
+        self.kept.append(Kept(name or "the model", type(module).__name__, _ALREADY))
 
     def _keep(self, name: str, module: nn.Module, error: ValueError) -> None:
         self.kept.append(Kept(name or "the model", type(module).__name__, _reason(error)))
@@ -274,6 +298,8 @@ class _Conversion:
         try:
             if activation not in _RELUS:
                 raise ValueError(f"expected a ReLU or its square, got {activation}")
+            if pair.by_names:
+                _expect_zeros(module, pair.last)
             linear = expect_plain(last, pair.last)
             hook = hooked(linear)
             if hook:
@@ -317,8 +343,13 @@ def relu_sparse(model: nn.Module, *, save: str = "compressed") -> Report:
     hooks, tied, quantised or parametrized weights, a forward of its own that no trace follows, or that it skips
     already. Convert before wrapping the model (torch.compile, DistributedDataParallel); optimizers keep their
     Parameters. An OPT layer makes its whole MLP in fc1 then: hooks and adapters put on fc1 or fc2 later do not see the
-    hidden layer, which `fc1.hidden(x)` makes; earlier ones keep a layer as it is. What needs contiguous Parameters:
+    hidden layer, which `fc1.hidden(x)` makes; earlier ones keep a layer as it is. `measure.activation_sparsity` finds
+    that hidden layer under the old names, too. What needs contiguous Parameters:
     `lay_out`.
+
+    A dropout between the ReLU and the second Linear (p > 0: the default of torch's layers and of T5) has the layers
+    called one by one in training: the second skips alone, and tensors [T, I] are saved. In evaluation, and with p = 0,
+    all of it skips.
 
     Torch's encoder layers leave their fused inference path, which would compute everything; so rows that a
     src_key_padding_mask hides are computed in evaluation, too, and not set to 0.

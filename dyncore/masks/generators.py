@@ -58,6 +58,7 @@ def beta(
         if not 0 < value < math.inf:
             raise ValueError(f"{name}: expected a positive number, got {value}")
     _expect_sizes(rows, neurons)
+    _expect_generator(generator)
     shapes = torch.tensor([a, b], dtype=torch.float64)[:, None].expand(2, neurons)
     # x / (x + y) is Beta(a, b), x / y are its odds; torch.distributions, whose sampler this is, takes no generator
     x, y = torch._standard_gamma(shapes, generator)  # pyright: ignore[reportPrivateImportUsage]
@@ -80,6 +81,7 @@ def uniform(
     fastest.
     """
     _expect_sizes(rows, neurons)
+    _expect_generator(generator)
     odds = torch.ones(neurons, dtype=torch.float64)
     return _fire(rows, odds, density, token_scale, dead, correlation, generator)
 
@@ -89,6 +91,7 @@ def activations(mask: Tensor, *, dtype: torch.dtype = torch.float32, generator: 
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"mask: expected a bool tensor, got {got}")
+    _expect_generator(generator)
     if not dtype.is_floating_point:
         raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
     h = torch.empty(mask.shape, dtype=torch.float32).normal_(generator=generator).abs_().to(dtype)
@@ -100,6 +103,11 @@ def _expect_sizes(rows: int, neurons: int) -> None:
     for name, value in (("rows", rows), ("neurons", neurons)):
         if not isinstance(value, int) or value < 0:
             raise ValueError(f"{name}: expected an int >= 0, got {value!r}")
+
+
+def _expect_generator(generator: object) -> None:
+    if generator is not None and not isinstance(generator, Generator):
+        raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
 
 
 def _expect_share(name: str, value: float, *, below: bool = False) -> None:

@@ -14,6 +14,7 @@ from dyncore import activations
 from dyncore.measure.sparsity_report import ActivationSparsity
 from dyncore.measure.sparsity_statistics import Accumulator, LayerSparsity
 from dyncore.measure.sparsity_verdict import Products
+from dyncore.nn.fused_pair import FusedSecond, emptied
 
 Rows = Callable[[Any, str], Tensor | None]
 Layers = Iterable[str] | Callable[[str, nn.Module], bool]
@@ -45,7 +46,8 @@ def activation_sparsity(
     Args:
         batches: each a tensor or a tuple or list of arguments or a mapping of keyword arguments of `model`.
         layers: names of modules to watch instead, or (name, module) -> bool, whatever the share of zeros. Of a linear
-            layer the input is watched, of other modules (an `nn.ReLU`) the output.
+            layer the input is watched, of other modules (an `nn.ReLU`) the output; of the parts of an MLP that
+            `relu_sparse` fused into its first layer (OPT's activation_fn and fc2) the hidden activation, as before.
         rows: which rows count: the key of a batch's mask ("attention_mask"), or (batch, name of the layer) -> a bool
             tensor of the shape of the layer's rows, or None for all.
         tiles: sizes of the tiles of consecutive rows whose unions are measured.
@@ -117,28 +119,29 @@ def _hidden(module: Any, x: Tensor) -> Tensor:
 
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:
-    """Linear layers and modules that fuse; the linear layers within the latter are never called."""
+    """Linear layers and modules that fuse; the linear layers of the latter compute nothing of their own."""
     found, inside = {}, set()
     for name, module in model.named_modules():
         if _fuses(module):
             inside.update(module.modules())
             found[name] = module
-        elif isinstance(module, nn.Linear) and module not in inside:
+        elif isinstance(module, nn.Linear) and not isinstance(module, FusedSecond) and module not in inside:
             found[name] = module
     return found
 
 
 def _chosen(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
     modules = dict(model.named_modules())
+    measured = {**modules, **dict(emptied(model))}  # where the activation is made, by the name it is asked for
     if callable(layers):
-        return {name: module for name, module in modules.items() if layers(name, module)}
+        return {name: measured[name] for name, module in modules.items() if layers(name, module)}
     if isinstance(layers, str):
         raise TypeError("layers: expected an iterable of names or a callable, got a str: put it into a list")
     names = list(layers)
     unknown = [name for name in names if name not in modules]
     if unknown:
         raise ValueError(f"layers: expected names of model.named_modules(), got {', '.join(map(repr, unknown))}")
-    return {name: module for name, module in modules.items() if name in names}
+    return {name: module for name, module in measured.items() if name in names}
 
 
 def _products(model: nn.Module, name: str, module: nn.Module, neurons: int, like: Tensor) -> Products:
@@ -194,6 +197,7 @@ class _Watch:
         self._accumulators: dict[str, Accumulator] = {}
         self._products: dict[str, Products] = {}
         self._unwatched: dict[str, str] = {}
+        self._without_rows: set[str] = set()
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -230,6 +234,7 @@ class _Watch:
         if name not in self._accumulators:
             counted = int(valid.sum()) * h.shape[-1]
             if not counted:
+                self._without_rows.add(name)
                 return
             zeros = 1 - int(mask[valid].sum()) / counted
             if zeros < self._min_zeros:
@@ -265,7 +270,9 @@ class _Watch:
         for name in self._modules:
             found = self._accumulators.get(name)
             if found is None:
-                self._unwatched.setdefault(name, "never called")
+                self._unwatched.setdefault(
+                    name, "called with no rows" if name in self._without_rows else "never called"
+                )
                 continue
             layers[name] = LayerSparsity(
                 name=name,

@@ -46,7 +46,9 @@ class ActivationSparsity:
         Jaccard, random         similarity of the active sets of consecutive tokens, and of random ones
         union n                 share of neurons that n consecutive tokens need together
         decode ..., forward,    estimated speed-ups of skipping over dense execution, for 1 and 8 rows, and for many; of
-        training                the MLP's products, without the time of calls, which small layers feel
+        training                the MLP's products, without the time of calls, which small layers feel, and for training
+                                without a dropout between the activation and the layer that takes it: while one is
+                                active, that layer alone skips (its product and the gradient of its weight)
 
     Attributes:
         layers: LayerSparsity by name: the same as numbers, and `verdict`.
@@ -89,7 +91,8 @@ class ActivationSparsity:
 
     def __str__(self) -> str:
         if not self.layers:
-            return "\n".join(["no layer was watched", *(f"{name}: {why}" for name, why in self.unwatched.items())])
+            why = "" if self.unwatched else ": no nn.Linear and no module that fuses one was found, or none was chosen"
+            return "\n".join([f"no layer was watched{why}", *(f"{n}: {w}" for n, w in self.unwatched.items())])
         sizes = list(next(iter(self.layers.values())).union)
         tiles = [f"union {size}" for size in sizes if size > 1]
         head = ["layer", "kind", "neurons", "zeros", "5%..95% of tokens", "dead", "hot", "Gini", "Jaccard", "random"]
@@ -117,7 +120,8 @@ class ActivationSparsity:
         notes = [
             f"hot: fires on at least {hot_rate:.0%} of tokens",
             "x: estimated speed-up of the layer's MLP (linear: of the layer) over dense execution, from counts of "
-            "products alone: calls cost more where layers are small",
+            "products alone: calls cost more where layers are small; training: without dropout on the activation, "
+            "which leaves the skipping to the layer that takes it",
             f"break-evens: {_BREAK_EVENS[break_even.tuned()]}",
         ]
         return "\n".join([_table(rows), *notes])

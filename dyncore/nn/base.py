@@ -125,6 +125,13 @@ def expect_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
     return str(value)
 
 
+def expect_size(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int >= 1, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected an int >= 1, got {value}")
+
+
 def expect_callable(name: str, value: object) -> None:
     if not callable(value):
         raise TypeError(f"{name}: expected a callable, got {type(value).__name__}")

@@ -251,6 +251,7 @@ def expect_same_results(module: nn.Module, layer: nn.Module, first: str) -> None
     x = _rows_for(weight)
     devices = [] if weight.device.type == "cpu" else [weight.device]
     kind = devices[0].type if devices else "cuda"
+    dropouts = [n for n, m in module.named_modules() if isinstance(m, DROPOUTS)]
     for train in (False, True):
         results: list[Tensor] = []
         for run in (layer, module):
@@ -267,7 +268,10 @@ def expect_same_results(module: nn.Module, layer: nn.Module, first: str) -> None
                     raise ValueError(
                         f"module: expected one that maps rows {list(x.shape)}, got {type(error).__name__}: {error}"
                     ) from error
-        _expect_close(results[0], results[1], type(module).__name__, "training" if train else "evaluation")
+        when = (
+            f"training{' (with ' + ', '.join(dropouts) + ' dropping)' if dropouts else ''}" if train else "evaluation"
+        )
+        _expect_close(results[0], results[1], type(module).__name__, when)
 
 
 def _expect_close(want: Tensor, got: object, name: str, when: str) -> None:

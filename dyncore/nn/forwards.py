@@ -13,10 +13,17 @@ import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import fx, nn
+from torch.fx.proxy import TraceError
 
 from dyncore.nn.experts import DROPOUTS, activation_name
 
 _PRODUCTS = (operator.mul, torch.mul, "mul")
+_KEEP_ZEROS = {
+    *("dropout", "to", "type", "type_as", "float", "half", "bfloat16", "double", "contiguous", "clone", "detach"),
+    *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"),
+    *("mul", "div", "truediv", "square", "pow"),
+}
+_MAKE_ZEROS = {"relu", "relu2", "clamp", "clamp_min", "clip", "threshold", "maximum", "where", "ReLU", "Threshold"}
 _LISTS = (nn.ModuleList, nn.ModuleDict)
 _FUNCTIONS = {
     *("relu", "gelu", "silu", "tanh", "sigmoid", "elu", "selu", "celu", "leaky_relu", "mish", "relu6", "softplus"),
@@ -37,16 +44,29 @@ class Call(NamedTuple):
     activation: str
 
 
+class Between(NamedTuple):
+    """What a forward calls between two Linear layers, some way of a ReLU among it.
+
+    first: the path of the earlier one. passed: names of what follows it, in order. loses: the last that keeps no zeros;
+    None where those of a ReLU come through.
+    """
+
+    first: str
+    passed: tuple[str, ...]
+    loses: str | None
+
+
 class Forward(NamedTuple):
     """What a forward calls; `whole`: the one of `calls` that it is, and the dropout that follows it.
 
-    more: why none is, such as "which does more than call them".
+    more: why none is, such as "which does more than call them". between: of Linear layers, by path, what comes before.
     """
 
     calls: tuple[Call, ...]
     whole: Call | None
     out_dropout: str | None
     more: str
+    between: dict[str, Between]
 
 
 def is_linear(module: object) -> bool:
@@ -155,7 +175,9 @@ def read_forward(module: nn.Module) -> Forward:
             twin = _twin(module)
             graph = tracer.trace(twin)
     except Exception as error:  # whatever a forward does with what is no tensor
-        raise ValueError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
+        if not isinstance(error, TraceError):  # others tell of torch.fx's inner life
+            raise ValueError(f"torch.fx can make no trace of it ({type(error).__name__})") from error
+        raise ValueError(f"TraceError: {str(error).partition(chr(10))[0]}") from error
     more = "which stores what it computes" if _stores(twin) else _besides(module)
     if not more and tracer.changed_mode:
         more = "part of which computes with gradients switched on or off"
@@ -168,6 +190,11 @@ def _into(node: fx.Node) -> fx.Node | None:
     return source if isinstance(source, fx.Node) else None
 
 
+def _called(node: fx.Node) -> str:
+    """The name of the function or method that a node calls, without the underscores of torch's variants."""
+    return (node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")).strip("_")
+
+
 class _Reader:
     def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
         self.graph, self.modules = graph, dict(module.named_modules())
@@ -176,8 +203,9 @@ class _Reader:
         """more: why none of its calls is the whole of it, if that is known."""
         found = {node: call for node in self.graph.nodes if (call := self._call(node)) is not None}
         calls = tuple(call for call, _ in found.values())
+        between = {str(n.target): b for n in self.graph.nodes if (b := self._between(n)) is not None}
         if more:
-            return Forward(calls, None, None, more)
+            return Forward(calls, None, None, more, between)
         output = next(node for node in self.graph.nodes if node.op == "output")
         result = _into(output)
         end, dropout = (None, None) if result is None else self._past_dropout(result)
@@ -187,8 +215,8 @@ class _Reader:
             made = [node for node in chain if node.target in (call.first, call.up)]
             only = len(inputs) == 1 and chain | {result, output, *inputs} == set(self.graph.nodes)
             if only and all(node.args == (inputs[0],) and not node.kwargs for node in made):
-                return Forward(calls, call, dropout, "")
-        return Forward(calls, None, None, "which does more than call them")
+                return Forward(calls, call, dropout, "", between)
+        return Forward(calls, None, None, "which does more than call them", between)
 
     def _module(self, node: fx.Node | None) -> nn.Module | None:
         return self.modules.get(str(node.target)) if node is not None and node.op == "call_module" else None
@@ -208,7 +236,7 @@ class _Reader:
         module = self._module(node)
         if module is not None:
             return (name_of(module), source) if is_activation(module) else None
-        name = (node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")).rstrip("_")
+        name = _called(node)
         if (
             name == "square"
             or (name == "pow" and node.args[1:] == (2,))
@@ -217,6 +245,25 @@ class _Reader:
             inner = self._activation(source)
             return ("relu2", inner[1]) if inner is not None and inner[0] == "relu" else None
         return (name, source) if name in _FUNCTIONS else None
+
+    def _between(self, node: fx.Node) -> Between | None:
+        """Of a Linear layer's call: what lies before it back to another one; None unless zeros are made there."""
+        if not is_linear(self._module(node)):
+            return None
+        passed: list[str] = []
+        made, through, loses, source = False, False, None, _into(node)
+        while source is not None and not is_linear(module := self._module(source)):
+            if module is not None and any(p.dim() > 1 for p in module.parameters()):
+                return None  # layers of its own
+            found = self._activation(source)
+            name = found[0] if found else _called(source) if module is None else type(module).__name__
+            passed.append(name)
+            made = made or name in _MAKE_ZEROS
+            through = through or (loses is None and name in ("relu", "relu2"))
+            if not (through or isinstance(module, (nn.Identity, *DROPOUTS)) or name in _KEEP_ZEROS):
+                loses = loses or name
+            source = _into(source)
+        return Between(str(source.target), tuple(passed[::-1]), loses) if source is not None and made else None
 
     def _gate(self, node: fx.Node) -> tuple[tuple[str, fx.Node], fx.Node, fx.Node] | None:
         """Of act(first(x)) * up(x): the activation's name and what goes into it, itself, and the call of `up`."""

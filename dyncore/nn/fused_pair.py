@@ -5,6 +5,8 @@ For forwards that do nothing else in between; names and Parameters of both Linea
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -72,3 +74,12 @@ def fuse(owner: nn.Module, first: str, activation: str, last: str, kind: str, sa
     setattr(owner, first, FusedFirst(inner, second, kind, save))
     setattr(owner, activation, nn.Identity())
     setattr(owner, last, second)
+
+
+def emptied(model: nn.Module) -> Iterator[tuple[str, FusedFirst]]:
+    """The names in `model` of the modules that a fused MLP has left to do nothing, and what computes it."""
+    for name, owner in model.named_modules():
+        first = next((m for m in owner.children() if isinstance(m, FusedFirst)), None)
+        for child_name, child in owner.named_children():
+            if first is not None and isinstance(child, (FusedSecond, nn.Identity)):
+                yield (f"{name}.{child_name}" if name else child_name), first

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dyncore import activations
-from dyncore.nn.base import expect_choice
+from dyncore.nn.base import expect_choice, expect_size
 from dyncore.nn.dense_mlps import Parts, matching_parts
 from dyncore.ops import sparse_linear, sparse_mlp
 from dyncore.ops.sparse_mlp import ACTIVATIONS, SAVE
@@ -34,6 +34,8 @@ class SparseLinear(nn.Linear):
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None
     ) -> None:
+        expect_size("in_features", in_features)
+        expect_size("out_features", out_features)
         super().__init__(in_features, out_features, bias, device, dtype)
         self._lay_out()
 
@@ -44,6 +46,8 @@ class SparseLinear(nn.Linear):
 
     def lay_out(self, neuron_major: bool) -> None:
         """Store the weight neuron-major, or like any Linear layer's; its values, shape and Parameter stay."""
+        if not isinstance(neuron_major, bool):
+            raise TypeError(f"neuron_major: expected a bool, got {type(neuron_major).__name__}")
         self.neuron_major = neuron_major
         self._lay_out()
 
@@ -159,6 +163,8 @@ class SparseMLP(nn.Module):
         save: "compressed", "dense" or "recompute": what of the hidden layer is kept for the backward (dc.sparse_mlp).
 
     `w_in` and `w_out` are Linear layers; `w_out.weight` is stored neuron-major. `from_dense` takes trained layers.
+    A layer that `from_dense` made of one with a dropout on the activation (p > 0) is called part by part in training:
+    the output layer alone skips, and tensors [T, I] are saved. In evaluation, and with p = 0, all of it skips.
     A penalty on activations needs them as a tensor: `h = mlp.hidden(x); y = mlp.project(h)` is the same MLP in two
     steps, of which the second alone skips zeros.
     """
@@ -167,6 +173,8 @@ class SparseMLP(nn.Module):
         self, dim: int, hidden_dim: int, *, activation: str = "relu", bias: bool = True, save: str = "compressed"
     ) -> None:
         super().__init__()
+        expect_size("dim", dim)
+        expect_size("hidden_dim", hidden_dim)
         expect_choice("activation", activation, ACTIVATIONS)
         self.save = expect_choice("save", save, SAVE)
         self._parts = Parts("w_in", None, "w_out", None, None, activation)
@@ -217,12 +225,15 @@ class SparseMLP(nn.Module):
 
         The Parameters are shared with `module`; they keep shape and values, but the output weight is stored
         neuron-major from now on, and a gate's and its up's weights side by side. A dropout on the hidden layer stays:
-        while it is active the hidden layer is computed in full, and the output layer alone skips.
+        while it is active (in training, p > 0) the hidden layer is computed in full and saved, and the output layer
+        alone skips.
 
         Raises TypeError where it is no module; ValueError, with the reason, on other builds and activations, on what
         computes something else, and on layers that are hooked, quantised, parametrized or share memory with others.
         """
         expect_choice("save", save, SAVE)
+        if isinstance(module, nn.Module) and any(isinstance(child, SparseLinear) for child in module.children()):
+            raise ValueError(f"module: expected a dense MLP, got {type(module).__name__}, which is already sparse")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.save = save

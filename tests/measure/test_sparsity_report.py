@@ -75,3 +75,10 @@ def test_a_model_without_zeros_has_nothing_to_plot(tmp_path):
     assert str(report) == "no layer was watched\ndown: 0.0% zeros at its first call, watched from 10.0%"
     with pytest.raises(ValueError, match="plot: expected at least one watched layer, got none"):
         report.plot(tmp_path / "report.png")
+
+
+def test_a_report_of_nothing_says_why():
+    assert str(activation_sparsity(torch.nn.ReLU(), [torch.ones(3, 6)])) == (
+        "no layer was watched: no nn.Linear and no module that fuses one was found, or none was chosen"
+    )
+    assert str(activation_sparsity(Given(6), [torch.ones(0, 6)])) == "no layer was watched\ndown: called with no rows"

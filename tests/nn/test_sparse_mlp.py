@@ -416,7 +416,7 @@ REFUSED = {
     "expected Sequential's own forward, got that of Named": lambda: Named(*sequential(nn.ReLU())),
     "expected no parameters or buffers but those of its layers, got scale": lambda: with_more("buffer"),
     "but those of its layers, got norm.weight, norm.bias": lambda: with_more("norm"),
-    "got HiddenDropout whose outputs in training are": HiddenDropout,
+    "got HiddenDropout whose outputs in training (with drop dropping) are": HiddenDropout,
     "got Scaled whose outputs in evaluation are": Scaled,
     "expected one that maps rows [8, 12], got TypeError": Two,
 }  # fmt: skip
@@ -479,3 +479,37 @@ def test_a_weight_may_be_stored_like_any_other():
         assert_same(results(other, x), want)
     layer.wo.lay_out(neuron_major=True)
     assert_laid_out(layer)
+
+
+def test_bad_sizes_and_layouts_name_themselves():
+    for make, name in (
+        (lambda n: SparseMLP(n, 8), "dim"),
+        (lambda n: SparseMLP(8, n), "hidden_dim"),
+        (lambda n: SparseLinear(n, 8), "in_features"),
+        (lambda n: SparseLinear(8, n), "out_features"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: expected an int >= 1, got 0"):
+            make(0)
+        with pytest.raises(TypeError, match=f"^{name}: expected an int >= 1, got float"):
+            make(8.0)
+    with pytest.raises(TypeError, match="neuron_major: expected a bool, got str"):
+        SparseLinear(8, 8).lay_out("yes")
+
+
+def test_from_dense_says_that_a_layer_is_sparse_already_and_which_dropout_differs():
+    layer = SparseMLP(8, 16)
+    converted = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), SparseLinear(16, 8))
+    for module in (layer, converted):
+        with pytest.raises(ValueError, match=f"got {type(module).__name__}, which is already sparse"):
+            SparseMLP.from_dense(module)
+
+    class DropsItsInput(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.act, self.drop, self.fc2 = nn.Linear(8, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 8)
+
+        def forward(self, x):
+            return self.fc2(self.act(self.fc1(self.drop(x))))
+
+    with pytest.raises(ValueError, match=r"outputs in training \(with drop dropping\) are"):
+        SparseMLP.from_dense(DropsItsInput())

@@ -102,7 +102,7 @@ inline void sum_listed(const Lists<T>& lists, int64_t r0, int64_t r1, const Righ
   const int64_t parts = (n1 - n0 + kSumColumns - 1) / kSumColumns, steps = r1 - r0;
   for (int64_t s = 0; s < lists.segments; ++s) {
     const int64_t first = lists.segment_first[s], end = lists.segment_first[s + 1];
-    FetchRows<T> next;  // nothing after the last
+    FetchRows<T> next;                             // nothing after the last
     if (used.columns && s + 1 < lists.segments) {  // whole rows, so that each page of them is looked up once
       const int64_t at = used.first[s + 1];
       next = FetchRows<T>(b, used.columns + at, 0, used.first[s + 2] - at, n0, n1 - n0, steps * parts);
