@@ -127,7 +127,7 @@ def loop_over_experts(x: Tensor, w_in: Tensor, w_out: Tensor, expert: Tensor, ga
     for e, (wi, wo) in enumerate(zip(w_in.unbind(0), w_out.unbind(0), strict=True)):
         row, place = (expert == e).nonzero(as_tuple=True)
         y = mlp(x.index_select(0, row), wi, wo, "swiglu")
-        out = out.index_add(0, row, y * gate[row, place, None].to(x.dtype))
+        out.index_add_(0, row, y * gate[row, place, None].to(x.dtype))
     return out
 
 
@@ -191,12 +191,12 @@ def plan_makers(rows: int, device: torch.device) -> dict[str, Callable[[], dc.Pl
     generator = torch.Generator().manual_seed(0)
 
     def rand(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator).to(device)
+        return torch.rand(shape, generator=generator)
 
     sequence = min(rows, 4096)
-    mask, scores = rand(rows) < 0.25, rand(rows // sequence, sequence)
-    logits, pairs = rand(rows, 64), rand(rows, 16) < 0.25
-    gate, expert = logits.topk(8, dim=1)
+    on_cpu = rand(rows) < 0.25, rand(rows // sequence, sequence), rand(rows, 16) < 0.25, rand(rows, 64)
+    mask, scores, pairs, logits = (t.to(device) for t in on_cpu)
+    gate, expert = (t.to(device) for t in on_cpu[-1].topk(8, dim=1))  # devices break ties as they like
     return {
         "select": lambda: dc.select(mask),
         "select_topk": lambda: dc.select_topk(scores, sequence // 4),
