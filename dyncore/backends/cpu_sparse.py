@@ -31,9 +31,12 @@ def _by_neuron(w_out: Tensor) -> bool:
     return w_out.stride(0) == 1 and w_out.stride(1) != 1
 
 
+STREAMS = 2  # of sparse_linear_fits: one row, and weights stored by neuron (break_even.dense_from: never dense)
+
+
 def sparse_linear_fits(h: object, weight: object, bias: object) -> int:
     """Whether these are CPU tensors of one dtype that has kernels, in the shapes that dyncore.sparse_linear asks: 0 if
-    not, 2 if they are one row and weights stored by neuron (break_even.dense_from: never dense), else 1."""
+    not, else 1 or STREAMS."""
     return 0 if native is None else native.sparse_linear_fits(h, weight, bias)
 
 

@@ -65,13 +65,11 @@ def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
 def gather_rows(x: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
     if not _can_launch(x):
         return reference.gather_rows(x, rows, offsets)
-    from dyncore.kernels.common.slots import slots
+    from dyncore.kernels import gather_rows as kernels
 
     reference.check_plan(rows, offsets, x.shape[0])
-    out = x.new_empty(rows.shape[0], x.shape[1])
     with _on(x):
-        slots(x, rows, offsets, rows.shape[0], out=out, zero_padding=True, target=_target(x))
-    return out
+        return kernels.gather_rows(x, rows, offsets, target=_target(x))
 
 
 def scatter_rows(
@@ -85,14 +83,11 @@ def scatter_rows(
 ) -> Tensor:
     if not _can_launch(y, base):
         return reference.scatter_rows(y, base, rows, offsets, scale, row_offsets, row_slots)
-    from dyncore.kernels.common.combine import combine
+    from dyncore.kernels import scatter_rows as kernels
 
-    num_rows = row_offsets.shape[0] - 1
-    reference.check_plan(rows, offsets, num_rows)
-    out = y.new_empty(num_rows, y.shape[1])
+    reference.check_plan(rows, offsets, row_offsets.shape[0] - 1)
     with _on(y):
-        combine(y, base, scale, row_offsets, row_slots, out)
-    return out
+        return kernels.scatter_rows(y, base, scale, row_offsets, row_slots)
 
 
 def scatter_rows_backward(
@@ -107,21 +102,11 @@ def scatter_rows_backward(
 ) -> tuple[Tensor, Tensor]:
     if not _can_launch(grad, y):
         return reference.scatter_rows_backward(grad, y, rows, offsets, scale, row_offsets, row_slots, needs)
-    from dyncore.kernels.common.slots import slots
-    from dyncore.kernels.common.sums import row_sums
+    from dyncore.kernels import scatter_rows as kernels
 
     reference.check_plan(rows, offsets, row_offsets.shape[0] - 1)
-    num_slots, need_scale = rows.shape[0], needs[1] and scale is not None
-    dy = y.new_empty(num_slots, grad.shape[1]) if needs[0] else None
-    dscale = (y if scale is None else scale).new_empty(num_slots if need_scale else 0)
     with _on(y):
-        pieces, _ = slots(
-            grad, rows, offsets, num_slots, scale=scale, value=y if need_scale else None, out=dy,
-            zero_padding=needs[0], sum_rows=need_scale, target=_target(y),
-        )  # fmt: skip
-        if need_scale:
-            row_sums([pieces], offsets, dscale)
-    return y.new_empty(0) if dy is None else dy, dscale
+        return kernels.scatter_rows_backward(grad, y, rows, offsets, scale, needs, target=_target(y))
 
 
 def _target(x: Tensor):

@@ -145,7 +145,7 @@ def _twin(module: nn.Module) -> nn.Module:
 def _stores(twin: nn.Module) -> bool:
     """Whether a trace of its forward left something in it."""
     held = pytree.tree_leaves([v for n, v in twin.__dict__.items() if n != "_modules"])
-    return any(isinstance(v, fx.Proxy) for v in held) or any(isinstance(v, fx.Proxy) for v in twin.__dict__.values())
+    return any(isinstance(v, fx.Proxy) for v in held)
 
 
 def _besides(module: nn.Module) -> str:

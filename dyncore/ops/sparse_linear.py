@@ -11,8 +11,9 @@ from torch.utils.flop_counter import register_flop_formula
 from dyncore.backends import cpu_sparse
 from dyncore.break_even import NEVER
 from dyncore.execution import mode
-from dyncore.ops.autograd import first_derivative_only, unseen, wants_grad
+from dyncore.ops.autograd import first_derivative_only, wants_grad
 from dyncore.ops.checks import any_autocast, autocast, expect_dims, expect_shape, expect_tensor, flattened
+from dyncore.ops.dispatch import unseen
 from dyncore.ops.flops import holds_no_data
 from dyncore.ops.masked import dense_from
 
@@ -85,7 +86,7 @@ def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     shape = h.shape
     if len(shape) != 2:
         h = flattened(h)
-    skip = NEVER if fit == 2 and mode() != "masked" else dense_from("sparse_linear", h, weight)
+    skip = NEVER if fit == cpu_sparse.STREAMS and mode() != "masked" else dense_from("sparse_linear", h, weight)
     if skip is None:
         out = F.linear(h, weight, bias)
     elif wants_grad(h, weight, bias):

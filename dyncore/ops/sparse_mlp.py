@@ -10,8 +10,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dyncore import activations
 from dyncore.backends import cpu_sparse
-from dyncore.ops.autograd import first_derivative_only, unseen, wants_grad
+from dyncore.ops.autograd import first_derivative_only, wants_grad
 from dyncore.ops.checks import any_autocast, autocast, expect_dims, expect_shape, expect_tensor, flattened
+from dyncore.ops.dispatch import unseen
 from dyncore.ops.flops import holds_no_data
 from dyncore.ops.masked import dense_from
 from dyncore.plan import is_eager_cpu
