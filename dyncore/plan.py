@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from dyncore.backends import cpu
+from dyncore.transforms import apply
 
 _plan_inverse = torch.ops.dyncore.plan_inverse.default
 _plan_mask = torch.ops.dyncore.plan_mask.default  # its _op is what its __call__ calls, 0.2 us later
@@ -338,7 +339,7 @@ def route_topk(logits: Tensor, k: int, *, normalize: bool = False) -> Plan:
     if logits.dtype not in (torch.float32, torch.float64):
         logits = logits.float()
     if torch.is_grad_enabled() and logits.requires_grad:
-        rows, offsets, row_offsets, row_slots, scale = _RouteTopk.apply(logits, k, normalize)
+        rows, offsets, row_offsets, row_slots, scale = apply(_RouteTopk, logits, k, normalize)
     else:
         rows, offsets, row_offsets, row_slots, _, scale, _ = _plan_route_topk(logits, k, normalize)
     return Plan(rows, offsets, scale, num_rows, row_offsets, row_slots, True)

@@ -31,6 +31,8 @@ def run(*command, cwd=ROOT, **env):
 
 
 def build_wheel(source, out, **env):
+    # the tools of this Python's environment, for the system's ninja would not take over what another has built
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-q", "-w", str(out), "."]
     run(*command, cwd=source, **env)
     (wheel,) = out.glob("dyncore-*.whl")
@@ -54,8 +56,8 @@ def test_an_sdist_and_wheels_hold_everything_and_import(tmp_path):
         archive.extractall(tmp_path / "source", **safely)
         assert any(name.endswith("csrc/cuda/plan_mask.cu") for name in archive.getnames())
     (source,) = (tmp_path / "source").iterdir()
-    hasty = tmp_path / "hasty"  # what is asked here needs no optimised kernels: a quarter of the time
-    hasty.write_text('#!/bin/sh\nexec "$@" -Og\n')
+    hasty = tmp_path / "hasty"  # what is asked here needs neither optimised kernels nor all of them
+    hasty.write_text('#!/bin/sh\ncase "$*" in *-mavx512f*) exit 1; esac\nexec "$@" -Og\n')
     hasty.chmod(0o755)
     wheel = build_wheel(source, tmp_path / "wheel", CMAKE_CXX_COMPILER_LAUNCHER=str(hasty), DYNCORE_CUDA="0")
     from_sdist = import_from(wheel, tmp_path / "installed")

@@ -1,5 +1,8 @@
 """What PyTorch offers around an op, on the whole chain from gate to rows: export, checkpointing, inductor, large data."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -41,6 +44,28 @@ def test_export_runs_with_another_batch_and_another_mask(strict):
         torch.testing.assert_close(exported.module()(x), model(x))
 
 
+PROCESS = """
+import sys, torch, dyncore
+run = torch._inductor.aoti_load_package(sys.argv[1])
+torch.save([run(x) for x in torch.load(sys.argv[2])], sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_an_ahead_of_time_package_runs_in_a_process_that_imports_dyncore(tmp_path):
+    layer = dc.nn.MoE(16, 24, num_experts=3).eval()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    xs = [torch.randn(size, 7, 16) for size in (4, 9)]
+    with torch.no_grad():
+        exported = torch.export.export(layer, (xs[0],), dynamic_shapes={"x": {0: batch}})
+        package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "layer.pt2"))
+        want = [layer(x) for x in xs]
+    torch.save(xs, tmp_path / "tensors.pt")
+    subprocess.run([sys.executable, "-c", PROCESS, package, str(tmp_path / "tensors.pt")], check=True)
+    for got, expected in zip(torch.load(tmp_path / "tensors.pt"), want, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("mode", ["sparse", "masked"])
 def test_activation_checkpointing_gives_the_same_gradients(mode, use_reentrant):
@@ -62,16 +87,71 @@ def test_a_checkpoint_is_computed_again_in_the_mode_of_its_forward():
     assert all(torch.equal(a, b) for a, b in zip(gradients(model, out), want, strict=True))
 
 
-def test_functorch_is_refused_in_words():
-    model = SkippedMLP()
-    with pytest.raises(RuntimeError, match="setup_context"), dc.execution("sparse"):
-        torch.func.grad(lambda x: model(x).sum())(torch.randn(5, 16))
+W = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
+PLAN = dc.route(torch.tensor([[0, 1], [1, -1], [0, -1], [1, 0], [-1, -1]]), torch.rand(5, 2), num_groups=2)
+FUNCTIONS = {  # of x [5, 4]
+    "gather_rows": lambda x: dc.gather_rows(x, PLAN),
+    "scatter_rows": lambda x: dc.scatter_rows(dc.gather_rows(x, PLAN), PLAN, x),
+    "grouped_linear": lambda x: dc.grouped_linear(x, W, plan=PLAN, activation="gelu"),
+    "grouped_mlp": lambda x: dc.grouped_mlp(x, W, W.mT, plan=PLAN, residual=x),
+    "sparse_linear": lambda x: dc.sparse_linear(x.relu(), W[0]),
+    "sparse_mlp": lambda x: dc.sparse_mlp(x, W[0], W[1].t()),
+    "select": lambda x: dc.grouped_linear(x, W[:1], plan=dc.select(x[:, 0] > 0, x[:, 1])),
+    "select_topk": lambda x: dc.grouped_linear(x, W[:1], plan=dc.select_topk(x[:, :1].t(), 2, x[:, :1].t())),
+    "route_topk": lambda x: dc.grouped_linear(x, W, plan=dc.route_topk(x[:, :2], 1)),
+    "route_mask": lambda x: dc.grouped_linear(x, W, plan=dc.route_mask(x[:, :2] > 0, x[:, :2])),
+}
+
+
+@pytest.fixture(params=FUNCTIONS)
+def function(request):
+    with dc.execution("sparse"):
+        yield FUNCTIONS[request.param]
+
+
+def square(function):
+    return lambda x: function(x).square().sum()
+
+
+def gradient(function, x):
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(function(x), x)[0]
+
+
+def test_torch_func_differentiates_once(function):
+    x = torch.randn(5, 4)
+    want = gradient(square(function), x)
+    torch.testing.assert_close(torch.func.grad(square(function))(x), want)
+    out, back = torch.func.vjp(function, x)
+    torch.testing.assert_close(back(2 * out)[0], want)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.func.grad(lambda a: torch.func.grad(square(function))(a).square().sum())(x)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_vmap_computes_one_sample_after_the_other(function):
+    x = torch.randn(3, 5, 4)
+    torch.testing.assert_close(torch.vmap(function)(x), torch.stack([function(a) for a in x]))
+    got = torch.vmap(torch.func.grad(square(function)))(x)
+    torch.testing.assert_close(got, torch.stack([gradient(square(function), a) for a in x]))
+
+
+def test_a_layer_as_a_function_of_its_parameters():
+    layer, x = dc.nn.MoE(4, 8, 3), torch.randn(5, 4)
+    loss = layer(x).square().sum()
+    parameters = dict(layer.named_parameters())
+    want = torch.autograd.grad(loss, list(parameters.values()))
+    got = torch.func.grad(lambda p: torch.func.functional_call(layer, p, (x,)).square().sum())(parameters)
+    for a, b in zip(got.values(), want, strict=True):
+        torch.testing.assert_close(a.detach(), b)
 
 
 @pytest.mark.slow
-def test_inductor_gives_the_same_values_and_gradients_without_recompiling_for_another_mask():
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_inductor_gives_the_same_values_and_gradients_without_recompiling_for_another_mask(dynamic):
+    torch._dynamo.reset()  # of the graph that the other way has made of the same code
     model = SkippedMLP()
-    compiled = torch.compile(model, fullgraph=True)
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(3):
             x = torch.randn(5, 7, 16)

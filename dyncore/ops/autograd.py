@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from dyncore.transforms import apply
+
 
 def wants_grad(*tensors: Tensor | None) -> bool:
     """Whether a call is to be differentiated: backward, or forward (which an autograd function refuses in words)."""
@@ -58,6 +60,6 @@ def first_derivative_only(backward: Callable[..., tuple[Tensor | None, ...]]) ->
             results = backward(ctx, *grads)
         # all that the gradients depend on: by whichever of it a second derivative asks, it comes upon the refusal
         sources = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]
-        return tuple(None if g is None else _Refuse.apply(g, *sources) for g in results)
+        return tuple(None if g is None else apply(_Refuse, g, *sources) for g in results)
 
     return run

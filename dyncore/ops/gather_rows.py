@@ -8,6 +8,7 @@ from torch import Tensor
 from dyncore.ops.autograd import first_derivative_only, wants_grad
 from dyncore.ops.checks import expect_plan, expect_rows, expect_tensor
 from dyncore.plan import Plan
+from dyncore.transforms import apply
 
 _gather = torch.ops.dyncore.gather_rows.default
 _scatter = torch.ops.dyncore.scatter_rows.default
@@ -35,5 +36,5 @@ def gather_rows(x: Tensor, plan: Plan) -> Tensor:
     expect_plan(plan)
     x = expect_rows("x", expect_tensor("x", x), plan)
     if wants_grad(x):
-        return _GatherRows.apply(x, plan.rows, plan.offsets, plan.row_offsets, plan.row_slots)
+        return apply(_GatherRows, x, plan.rows, plan.offsets, plan.row_offsets, plan.row_slots)
     return _gather(x, plan.rows, plan.offsets)

@@ -22,6 +22,7 @@ from dyncore.ops.flops import live_slots
 from dyncore.ops.masked import compute_masked, only, selection, weighted
 from dyncore.ops.scatter_rows import scatter_rows
 from dyncore.plan import Plan
+from dyncore.transforms import apply
 
 _forward = torch.ops.dyncore.grouped_linear.default
 _backward = torch.ops.dyncore.grouped_linear_backward.default
@@ -117,7 +118,7 @@ def grouped_linear(
         out = _masked(x, weight, bias, plan, name, gather, scatter)
     elif wants_grad(x, weight, bias, plan.scale if scatter else None):
         tensors = (plan.rows, plan.offsets, plan.row_offsets, plan.row_slots)
-        out = _GroupedLinear.apply(x, weight, bias, plan.scale if scatter else None, *tensors, name, gather, scatter)
+        out = apply(_GroupedLinear, x, weight, bias, plan.scale if scatter else None, *tensors, name, gather, scatter)
     else:
         tensors = (plan.rows, plan.offsets, plan.scale, plan.row_offsets, plan.row_slots)
         out = _forward(x, weight, bias, *tensors, name, gather, scatter, False)[0]

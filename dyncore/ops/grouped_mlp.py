@@ -23,6 +23,7 @@ from dyncore.ops.checks import (
 from dyncore.ops.flops import live_slots
 from dyncore.ops.masked import compute_masked, only, selection, weighted
 from dyncore.plan import Plan
+from dyncore.transforms import apply
 
 _forward = torch.ops.dyncore.grouped_mlp.default
 _backward = torch.ops.dyncore.grouped_mlp_backward.default
@@ -161,7 +162,7 @@ def grouped_mlp(
         out = _masked(x, w_in, w_out, b_in, b_out, residual, plan, activation)
     elif wants_grad(x, w_in, w_out, b_in, b_out, residual, plan.scale):
         tensors = (plan.rows, plan.offsets, plan.row_offsets, plan.row_slots)
-        out = _GroupedMLP.apply(x, w_in, w_out, b_in, b_out, plan.scale, residual, *tensors, activation)
+        out = apply(_GroupedMLP, x, w_in, w_out, b_in, b_out, plan.scale, residual, *tensors, activation)
     else:
         tensors = (plan.rows, plan.offsets, plan.scale, plan.row_offsets, plan.row_slots)
         out = _forward(x, w_in, w_out, b_in, b_out, residual, *tensors, activation, False)[0]

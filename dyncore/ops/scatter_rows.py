@@ -8,6 +8,7 @@ from torch import Tensor
 from dyncore.ops.autograd import first_derivative_only, wants_grad
 from dyncore.ops.checks import expect_plan, expect_rows, expect_shape, expect_slots, expect_tensor
 from dyncore.plan import Plan
+from dyncore.transforms import apply
 
 _gather = torch.ops.dyncore.gather_rows.default
 _scatter = torch.ops.dyncore.scatter_rows.default
@@ -55,7 +56,7 @@ def scatter_rows(y: Tensor, plan: Plan, base: Tensor | None = None) -> Tensor:
         if base is y and torch.compiler.is_compiling():  # Dynamo refuses one tensor as two inputs of a Function
             base = base.view_as(base)
     if wants_grad(y, base, plan.scale):
-        out = _ScatterRows.apply(y, base, plan.scale, plan.rows, plan.offsets, plan.row_offsets, plan.row_slots)
+        out = apply(_ScatterRows, y, base, plan.scale, plan.rows, plan.offsets, plan.row_offsets, plan.row_slots)
     else:
         out = _scatter(y, base, plan.rows, plan.offsets, plan.scale, plan.row_offsets, plan.row_slots)
     return out if shape is None or len(shape) == 2 else out.view(shape)

@@ -16,6 +16,7 @@ from dyncore.ops.checks import any_autocast, autocast, expect_dims, expect_shape
 from dyncore.ops.dispatch import unseen
 from dyncore.ops.flops import holds_no_data
 from dyncore.ops.masked import dense_from
+from dyncore.transforms import apply
 
 _forward = torch.ops.dyncore.sparse_linear.default
 _backward = torch.ops.dyncore.sparse_linear_backward.default
@@ -90,7 +91,7 @@ def sparse_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     if skip is None:
         out = F.linear(h, weight, bias)
     elif wants_grad(h, weight, bias):
-        out = _SparseLinear.apply(h, weight, bias, skip)
+        out = apply(_SparseLinear, h, weight, bias, skip)
     else:
         forward = cpu_sparse.sparse_linear if fit and unseen(h, weight, bias) else _forward
         out = forward(h, weight, bias, skip)

@@ -16,6 +16,7 @@ from dyncore.ops.dispatch import unseen
 from dyncore.ops.flops import holds_no_data
 from dyncore.ops.masked import dense_from
 from dyncore.plan import is_eager_cpu
+from dyncore.transforms import apply
 
 ACTIVATIONS = ("relu", "relu2", "reglu")
 SAVE = ("compressed", "dense", "recompute")
@@ -161,7 +162,7 @@ def sparse_mlp(
         out = F.linear(activations.hidden(F.linear(x, w_in, b_in), activation), w_out, b_out)
     elif wants_grad(x, w_in, w_out, b_in, b_out):
         capacity = -1 if is_eager_cpu(x) else x.shape[0] * w_out.shape[1]
-        out = _SparseMLP.apply(x, w_in, w_out, b_in, b_out, activation, skip, save, capacity)
+        out = apply(_SparseMLP, x, w_in, w_out, b_in, b_out, activation, skip, save, capacity)
     else:
         forward = cpu_sparse.sparse_mlp if fit and unseen(x, w_in, w_out, b_in, b_out) else _forward
         out = forward(x, w_in, w_out, b_in, b_out, activation, skip, "none", 0)[0]

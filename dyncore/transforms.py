@@ -1,0 +1,73 @@
+"""Autograd functions under the transforms of torch.func (grad, vjp, vmap), which take another form of them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _Context:
+    """What a forward leaves for its backward, where torch gives it no context: the tensors by their places among inputs
+    and outputs."""
+
+    def __init__(self) -> None:
+        self.saved: list[int | None] = []
+        self.constant: list[int] = []  # outputs without a gradient
+        self.num_outputs = 0
+
+    def run(self, function: type[torch.autograd.Function], inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        """The outputs of function's forward, then whatever else it saved."""
+        saved, constant = [], []
+        self.save_for_backward = lambda *tensors: saved.extend(tensors)
+        self.mark_non_differentiable = lambda *tensors: constant.extend(tensors)
+        result = function.forward(self, *inputs)
+        del self.save_for_backward, self.mark_non_differentiable
+        outputs = [result] if isinstance(result, Tensor) else list(result)
+        self.num_outputs = len(outputs)
+        for t in saved:
+            if t is not None and all(t is not known for known in (*inputs, *outputs)):
+                outputs.append(t)
+        place = {id(t): i for i, t in enumerate((*inputs, *outputs)) if t is not None}
+        self.saved = [None if t is None else place[id(t)] for t in saved]
+        self.constant = [place[id(t)] - len(inputs) for t in constant] + [*range(self.num_outputs, len(outputs))]
+        return tuple(outputs)
+
+
+@functools.cache
+def _transformable(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """The function in the form that torch.func takes: a forward without a context (its last argument is ours), which
+    returns what it saves. Not for every call: torch binds the arguments by the signature, which takes 10 us."""
+
+    class Transformable(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*args):
+            return args[-1].run(function, args[:-1])
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            *inputs, context = inputs
+            tensors = (*inputs, *output)
+            vars(ctx).update(vars(context))
+            ctx.save_for_backward(*(None if i is None else tensors[i] for i in context.saved))
+            ctx.mark_non_differentiable(*(output[i] for i in context.constant))
+
+        @staticmethod
+        def backward(ctx, *grads):
+            grads = function.backward(ctx, *grads[: ctx.num_outputs])
+            return *(grads if isinstance(grads, tuple) else (grads,)), None
+
+    return Transformable
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """function.apply(*args), under the transforms of torch.func, too."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    context = _Context()
+    outputs = _transformable(function).apply(*args, context)[: context.num_outputs]
+    return outputs if len(outputs) > 1 else outputs[0]
