@@ -84,9 +84,12 @@ def first_live(mask: Tensor, count: int, scale: Tensor | None = None) -> Plan:
     return select_topk(mask.reshape(sequences).to(torch.float32), count, scale)
 
 
-def executed(mask: Tensor, scale: Tensor | None) -> Tensor:
-    """Cost of each row, float of the mask's shape: 1 where live, 0 elsewhere, with the gradient of `scale`."""
-    cost = mask.to(torch.float32 if scale is None else scale.dtype)
+def executed(
+    plan: Plan, shape: torch.Size, scale: Tensor | None = None, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Cost of each row, float of the mask's shape: 1 where live, 0 elsewhere, with the gradient and dtype of `scale`
+    where there is one."""
+    cost = live_rows(plan).view(shape).to(dtype if scale is None else scale.dtype)
     return cost if scale is None else cost + (scale - scale.detach())
 
 
@@ -154,6 +157,8 @@ def changed(x: Tensor, y: Tensor, scale: Tensor | None, used: Tensor | None, ret
 
 def merge(x: Tensor, live: Tensor, y: Tensor, plan: Plan, mask: Tensor, used: Tensor | None, returns: str) -> Tensor:
     """x [T, D] with the rows of `mask` [T] changed by y [A, D], computed from `live` [A, D]; the others exactly x."""
+    if returns == "update" and used is None:
+        return scatter_rows(y, plan, x)
     if plan.exact and used is None:  # every slot is a row of its own: one pass over x, where scatter and where take two
         return x.index_copy(0, plan.rows.long(), changed(live, y, plan.scale, None, returns))
     if used is None:
@@ -168,20 +173,38 @@ class DynamicLayer(nn.Module):
     Attributes:
         last_plan: the Plan of the latest forward (None before it).
         last_cost: float, the executed cost of each row in the latest forward, as a share of computing that row in full;
-            its mean is the share of slots executed. Differentiable to the gate wherever the gate gives a scale.
+            its mean is the share of slots executed. Differentiable to the gate wherever the gate gives a scale. A
+            forward that torch.compile did not trace leaves it to be computed when it is read, each time anew.
 
     Both belong to the latest forward only: they are not saved, copied or pickled.
     """
 
     last_plan: Plan | None = None
-    last_cost: Tensor | None = None
-    _transient: tuple[str, ...] = ("last_plan", "last_cost")
+    # the cost, or what makes it, and whether the forward that it belongs to took gradients
+    _cost: Tensor | tuple[Callable[[], Tensor], bool] | None = None
+    _transient: tuple[str, ...] = ("last_plan", "_cost")
 
-    def _record(self, plan: Plan, cost: Tensor, **others: Tensor | None) -> None:
+    @property
+    def last_cost(self) -> Tensor | None:
+        cost = self._cost
+        if not isinstance(cost, tuple):
+            return cost
+        make, with_gradient = cost
+        if torch.compiler.is_compiling():
+            return make()
+        with torch.inference_mode(False), torch.set_grad_enabled(with_gradient):
+            return make()
+
+    @last_cost.setter
+    def last_cost(self, cost: Tensor | None) -> None:
+        self._cost = cost
+
+    def _record(self, plan: Plan, cost: Callable[[], Tensor], **others: Tensor | None) -> None:
+        """Keeps what belongs to this forward. `cost` must depend on nothing that may change afterwards."""
         if torch.compiler.is_exporting():  # an exported graph has no layer to keep a record in
             return
         self.last_plan = plan
-        self.last_cost = cost
+        self._cost = cost() if torch.compiler.is_compiling() else (cost, torch.is_grad_enabled())
         for name, value in others.items():
             setattr(self, name, value)
 
@@ -206,7 +229,7 @@ def collect_losses(model: nn.Module) -> dict[str, Tensor]:
 def collect_costs(model: nn.Module) -> dict[str, Tensor]:
     """The executed cost per row of every dynamic layer in `model` that has run, as "layer": tensor."""
     return {
-        name: layer.last_cost
+        name: cost
         for name, layer in model.named_modules()
-        if isinstance(layer, DynamicLayer) and layer.last_cost is not None
+        if isinstance(layer, DynamicLayer) and (cost := layer.last_cost) is not None
     }

@@ -18,10 +18,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyncore.nn.base import Decision, expect_choice, live_rows
+from dyncore.nn.full_precision import full_precision
 from dyncore.plan import select_topk
 
 WEIGHTS = ("hard", "soft", "none")
@@ -35,17 +35,6 @@ def pool_spatial(x: Tensor) -> Tensor:
 def pool_tokens(x: Tensor) -> Tensor:
     """Mean over every dimension between first and last: [B, ..., D] to [B, D], for gates on samples."""
     return x.flatten(1, -2).mean(1)
-
-
-def full_precision(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """layer(x) in at least float32 whatever autocast says: a score decides, so its rounding must not."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
-        if isinstance(layer, nn.Linear):
-            bias = None if layer.bias is None else layer.bias.to(wide)
-            return F.linear(x.to(wide), layer.weight.to(wide), bias)
-        parameter = next(layer.parameters(), None) if isinstance(layer, nn.Module) else None
-        return layer(x if parameter is None else x.to(parameter.dtype)).to(wide)
 
 
 def shown(buffer: Tensor) -> str:
@@ -124,7 +113,10 @@ class Gate(Movable):
     def _weigh(self, mask: Tensor, p: Tensor) -> Tensor | None:
         if self.weight == "none":
             return None
-        return p if self.weight == "soft" else mask.to(p.dtype) + (p - p.detach())
+        if self.weight == "soft":
+            return p
+        hard = mask.to(p.dtype)
+        return hard + (p - p.detach()) if p.requires_grad else hard
 
     def extra_repr(self) -> str:
         return f"weight={self.weight}"
@@ -229,7 +221,8 @@ class TopKGate(Capacity, Gate):
         count = self.kept(logits.shape[-1])
         sequences = logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
         mask = live_rows(select_topk(sequences, count)).view(logits.shape)
-        return Decision(mask, self._weigh(mask, torch.sigmoid(logits)), count)
+        scale = None if self.weight == "none" else self._weigh(mask, torch.sigmoid(logits))
+        return Decision(mask, scale, count)
 
     def extra_repr(self) -> str:
         return f"capacity={self.capacity}, {super().extra_repr()}"

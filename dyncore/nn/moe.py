@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from dyncore import activations
 from dyncore.nn import losses
 from dyncore.nn.base import DynamicLayer, expect_choice
 from dyncore.nn.experts import ExpertWeights, read_expert, write_expert
-from dyncore.nn.gates import full_precision
+from dyncore.nn.full_precision import full_precision
 from dyncore.nn.mlp import ACTIVATIONS, MLP
 from dyncore.ops import grouped_mlp
 from dyncore.ops.packed import PackedMLP, grouped_mlp_packed
@@ -21,6 +22,12 @@ from dyncore.plan import Plan, route, route_mask, route_topk
 
 ROUTING = ("token_choice", "expert_choice")
 OPTIONS = ("routing", "normalize", "shared_experts")  # of from_experts; all else follows from the experts
+
+
+def _share(plan: Plan, shape: torch.Size) -> Tensor:
+    """The share of the groups that each row took, of the shape of x's leading dimensions."""
+    slots = plan.row_offsets[1:] - plan.row_offsets[:-1]
+    return (slots.float() / plan.num_groups).view(shape)
 
 
 class MoE(DynamicLayer):
@@ -109,8 +116,7 @@ class MoE(DynamicLayer):
         if logits.shape != (rows.shape[0], self.num_experts):
             raise ValueError(f"router: expected logits [T, {self.num_experts}], got {list(logits.shape)}")
         plan = self._route(logits)
-        slots = plan.row_offsets[1:] - plan.row_offsets[:-1]
-        self._record(plan, (slots.float() / self.num_experts).view(x.shape[:-1]), _logits=logits)
+        self._record(plan, functools.partial(_share, plan, x.shape[:-1]), _logits=logits)
         residual = None if self.shared is None else self.shared(x)
         if not torch.compiler.is_compiling() and self._packed is not None:
             weights = (self.w_in, self.w_out, self._packed, self.b_in, self.b_out)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
@@ -64,7 +66,7 @@ class Skip(DynamicLayer):
                 f"got {list(mask.shape)}"
             )
         plan = plan_of(decision)
-        self._record(plan, executed(mask, scale))
+        self._record(plan, functools.partial(executed, plan, mask.shape, scale))
         row_shape = x.shape[mask.dim() :]
         rows = x.reshape(mask.numel(), row_shape.numel())
         flat = mask.reshape(-1)

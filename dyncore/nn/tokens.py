@@ -6,6 +6,7 @@ The selected tokens of each sequence are gathered side by side, the block runs o
 
 from __future__ import annotations
 
+import functools
 import inspect
 
 import torch
@@ -30,7 +31,8 @@ from dyncore.nn.base import (
     merge,
     plan_of,
 )
-from dyncore.nn.gates import Capacity, Movable, full_precision
+from dyncore.nn.full_precision import full_precision
+from dyncore.nn.gates import Capacity, Movable
 from dyncore.ops import gather_rows
 from dyncore.plan import Plan, select_topk
 
@@ -72,7 +74,7 @@ class _TokenLayer(DynamicLayer):
     def _by_decision(self, x: Tensor, decision: Decision) -> Tensor:
         mask, scale, count = decision
         plan = plan_of(decision)
-        self._record(plan, executed(mask, scale))
+        self._record(plan, functools.partial(executed, plan, mask.shape, scale))
         if count is not None:
             return self._run(x, mask, scale, plan, count, even=True)
         if not plan.exact or not mask.numel():  # nobody has counted: the static bound is every token
@@ -233,7 +235,8 @@ class MixtureOfDepths(Capacity, Movable, _TokenLayer):
         if self.training and self.inference != "topk":
             logits = scores if self.inference == "threshold" else self._predict(x.detach())
             auxiliary = F.binary_cross_entropy_with_logits(logits, mask.to(logits.dtype))
-        self._record(plan, mask.to(scores.dtype), _auxiliary=auxiliary)
+        cost = functools.partial(executed, plan, mask.shape, dtype=scores.dtype)
+        self._record(plan, cost, _auxiliary=auxiliary)
         return self._run(x, mask, scale, plan, count, even=True)
 
     def _predict(self, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -152,6 +153,35 @@ def test_cost_is_the_density_of_the_plan(build):
     assert float(cost.mean()) == pytest.approx(density, rel=1e-6)
     per_row = (plan.row_offsets[1:] - plan.row_offsets[:-1]).view(3, 13) / plan.num_groups
     torch.testing.assert_close(cost, per_row.to(cost.dtype))
+
+
+def test_cost_is_that_of_the_latest_forward_in_the_gradient_mode_of_it(build):
+    layer, x = build(), torch.randn(3, 13, D)
+    run(layer, x)
+    want = layer.last_cost
+    with torch.no_grad():
+        assert layer.last_cost.requires_grad == want.requires_grad
+    with torch.inference_mode():
+        assert layer.last_cost.requires_grad == want.requires_grad
+        assert not layer.last_cost.is_inference()
+    with torch.no_grad():
+        layer(x)
+    assert not layer.last_cost.requires_grad
+    assert torch.equal(layer.last_cost, want.detach())
+    with torch.inference_mode():
+        layer(x)
+    assert torch.equal(layer.last_cost, want.detach())
+    layer(-x)
+    assert torch.equal(layer.last_plan.row_offsets.diff() > 0, layer.last_cost.flatten() > 0)
+
+
+def test_a_layer_keeps_no_row_of_its_input(build):
+    layer, x = build(), torch.randn(3, 13, D)
+    with torch.no_grad():
+        layer(x)
+    gone = weakref.ref(x)
+    del x
+    assert gone() is None
 
 
 def test_forty_repeats_are_bit_identical(build):
