@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dyncore as dc
+from benchmarks import transformers_points
 from dyncore.bench import moe, relu_sparsity, token_skipping
 from dyncore.bench.contest import Contest, Point, Variant
 from dyncore.measure.environment import last_level_cache
@@ -260,6 +261,12 @@ def relu() -> Iterator[Job]:
         yield Job(point, min_rounds=3, saved=keep in (0.2, 0.1, 0.05))
 
 
+def transformers() -> Iterator[Job]:
+    """The experts of a transformers layer, by each implementation."""
+    for point in transformers_points.points():
+        yield Job(point, min_rounds=5 if point.shape["T"] <= 8 else 3)
+
+
 PARTS: dict[str, Callable[[], Iterator[Job]]] = {
     "token": token,
     "moe": moe_forward,
@@ -268,4 +275,5 @@ PARTS: dict[str, Callable[[], Iterator[Job]]] = {
     "product": product,
     "overhead": overhead,
     "relu": relu,
+    "transformers": transformers,
 }

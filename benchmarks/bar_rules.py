@@ -229,6 +229,33 @@ def _training_bars() -> Iterator[Bar]:
         yield Bar(f"ReLU MLP saves >= {times} fewer bytes, {_zeros(keep)} zeros", over, saved_times_fewer, bound)
 
 
+def _over_shipped(r: Record) -> float | None:
+    return against(r, "eager", "batched_mm", "grouped_mm")
+
+
+def _experts(rows: Sequence[int], phase: str, *dtypes: str, layer: str = "swiglu") -> Callable[[Record], bool]:
+    def over(r: Record) -> bool:
+        wanted = r["mechanism"] == "transformers" and r["input"] == layer and r["phase"] == phase
+        return wanted and r["shape"]["T"] in rows and r["dtype"] in dtypes
+
+    return over
+
+
+def _transformers_bars() -> Iterator[Bar]:
+    wide = ("float32", "bfloat16")
+    for phase, many, few in (("forward", 2.0, 1.0), (_BOTH, 2.5, 1.3)):
+        start = f"transformers experts, {phase},"
+        for short, dtype in zip(("fp32", "bf16"), wide, strict=True):
+            over = _experts((512,), phase, dtype)
+            yield Bar(f"{start} {short} T=512: >= {many:g}x the best shipped", over, _over_shipped, many)
+        over = _experts((1, 8), phase, *wide)
+        yield Bar(f"{start} fp32, bf16 T=1, 8: >= {few:g}x the best shipped", over, _over_shipped, few)
+        over = _experts((1, 8, 512), phase, "float16")
+        yield Bar(f"{start} fp16: >= 8x the best shipped", over, _over_shipped, 8.0)
+        over = _experts((1, 8, 512), phase, *wide, layer="gpt-oss")
+        yield Bar(f"{start} gpt-oss: >= 1x the best shipped", over, _over_shipped, 1.0)
+
+
 _BOTH = "forward+backward"
 BARS = (
     Bar("token skipping: SE against dense, geometric mean >= 0.95", _token(), _se, 0.95, mean=True),
@@ -267,4 +294,5 @@ BARS = (
     *_mlp_bars(),
     *_training_bars(),
     Bar("ReLU MLP training: never below 0.97x dense", _relu("relu-mlp", phase=_BOTH), _over_dense, 0.97),
+    *_transformers_bars(),
 )

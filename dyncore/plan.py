@@ -215,8 +215,8 @@ def _at_slots(scale: Tensor | None, sources: Tensor) -> Tensor | None:
     """`scale` at the flat index of each slot; padding repeats index 0 and gets a zero gradient from every op."""
     if scale is None:
         return None
-    if scale.numel() == 0:  # no source, so no slot is live: nothing may be indexed
-        return scale.new_zeros(sources.shape[0])
+    if scale.numel() == 0:  # no source, so no slot is live: nothing may be indexed, but the gradient is not missing
+        return scale.new_zeros(sources.shape[0]) + scale.sum()
     return scale.reshape(-1).index_select(0, sources)
 
 

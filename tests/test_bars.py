@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import bar_points, bars
+from benchmarks import bar_points, bars, transformers_points
 from benchmarks.bar_rules import BARS, geometric_mean, judge, point_name
 from dyncore.bench import relu_sparsity
 from dyncore.bench.contest import Contest, Variant
@@ -145,6 +145,31 @@ def test_training_is_judged_by_time_and_by_what_it_keeps():
     assert verdict("ReLU MLP saves >= 11x", records).value is None
 
 
+def test_experts_are_judged_against_the_fastest_that_transformers_ships():
+    shape = {"E": 64}
+    records = [
+        made_up("transformers", input="swiglu", T=512, shape=shape, eager=9.0, grouped_mm=1.9),
+        made_up("transformers", input="swiglu", T=8, shape=shape, eager=9.0, grouped_mm=2.0, batched_mm=1.5),
+        made_up("transformers", input="swiglu", T=1, shape=shape, dtype="bfloat16", grouped_mm=1.2),
+        made_up("transformers", input="gpt-oss", T=1, shape=shape, grouped_mm=0.9),
+    ]
+    assert verdict("transformers experts, forward, fp32 T=512", records).value == pytest.approx(1.9)
+    found = verdict("transformers experts, forward, fp32, bf16 T=1, 8", records)
+    assert (found.value, found.met, found.points) == (pytest.approx(1.2), True, 2)
+    assert not verdict("transformers experts, forward, gpt-oss", records).met
+    assert verdict("transformers experts, forward+backward, fp16", records).value is None
+
+
+@pytest.mark.parametrize("layer", ["swiglu", "gpt-oss"])
+def test_experts_of_transformers_give_right_numbers(layer):
+    pytest.importorskip("transformers")
+    point = next(p for p in transformers_points.points() if p.input == layer)
+    record, errors = bars.run(bar_points.Job(point, min_rounds=1), 0.0)
+    assert not errors
+    assert record["variants"].keys() == {"dyncore", "eager", "batched_mm", "grouped_mm"}
+    assert record["flops"]["executed"] == 2 * 8 * 3 * 512 * 256
+
+
 def test_saved_bytes_are_those_of_storages_besides_inputs():
     def kept(scale, x, w):
         y = (x * w) * scale  # x and w are given; the product, times something that needs a gradient, is kept
@@ -173,7 +198,7 @@ def test_every_job_falls_under_a_bar_and_has_a_name_of_its_own():
     jobs = {part: list(make()) for part, make in bar_points.PARTS.items()}
     assert {part: len(found) for part, found in jobs.items()} == {
         "token": 60, "moe": 46, "backward": 33, "stream": 12, "product": 6 * len({1, torch.get_num_threads()}), "overhead": 3,
-        "relu": 51,
+        "relu": 51, "transformers": 30,
     }  # fmt: skip
     names = [(str(job.point), job.threads) for found in jobs.values() for job in found]
     assert len(set(names)) == len(names)

@@ -14,7 +14,7 @@ import dyncore
 seconds = time.process_time() - start
 import sys
 heavy = [m for m in ( "transformers", "matplotlib", "rich", "typer", "sklearn", "scipy",
-                     "dyncore.nn", "dyncore.measure", "dyncore.convert", "dyncore.cli",
+                     "dyncore.nn", "dyncore.integrations", "dyncore.measure", "dyncore.convert", "dyncore.cli",
                      "torch._dynamo", "torch._inductor")
          if m in sys.modules]
 print(seconds, *heavy, file=sys.stderr)
@@ -30,6 +30,14 @@ def test_import_is_silent_light_and_fast():
         if float(seconds) < 0.3:
             return
     pytest.fail(f"{seconds} s")
+
+
+def test_the_integrations_import_their_tools_when_called():
+    probe = (
+        "import sys, dyncore.integrations.transformers; print([m for m in sys.modules if m.startswith('transformers')])"
+    )
+    run = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"
 
 
 def test_an_unknown_attribute_is_an_attribute_error():

@@ -1,0 +1,4 @@
+"""Plugs into the tools people use. Each module imports its tool when it is first called, not before.
+
+Floor 5.
+"""
