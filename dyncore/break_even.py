@@ -153,15 +153,15 @@ def parse(record: Mapping[str, Any]) -> Table:
     return Table(_grid(record["masked"], density), executors, _grid(record["dense"], density))
 
 
-def read(file: Path) -> dict[str, Any] | None:
-    """The document in `file`; None if there is no file. Raises ValueError if it is not one of this schema."""
+def read(file: Path, expected: str = SCHEMA) -> dict[str, Any] | None:
+    """The document in `file`; None if there is no file. Raises ValueError if it is not one of the expected schema."""
     try:
         document = json.loads(file.read_text())
     except FileNotFoundError:
         return None
     schema = document.get("schema") if isinstance(document, dict) else None
-    if schema != SCHEMA:
-        raise ValueError(f"expected a table of schema {SCHEMA}, got {schema!r}")
+    if schema != expected:
+        raise ValueError(f"expected a table of schema {expected}, got {schema!r}")
     return document
 
 

@@ -1,4 +1,5 @@
-"""The command `dyncore`: env (what is available here), bench (the main job), tune (measured break-evens). Floor 5.
+"""The command `dyncore`: env (what is available here), bench (the main job), tune (measured break-evens and tilings).
+Floor 5.
 
 env and tune need torch alone; bench needs the extra dyncore[bench], and says so where it is missing.
 """
@@ -54,6 +55,16 @@ def _dtype(text: str) -> torch.dtype:
     return _DTYPES[text]
 
 
+def _cuda_index(text: str) -> int | None:
+    """The number of a CUDA device, None for the CPU."""
+    name, _, index = text.partition(":")
+    if text == "cpu":
+        return None
+    if text == "cuda" or (name == "cuda" and index.isascii() and index.isdecimal()):
+        return int(index or 0)
+    raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:<number>, got {text!r}")
+
+
 def _folder(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("expected a folder, got ''")
@@ -101,13 +112,20 @@ def _parser() -> argparse.ArgumentParser:
     bench.set_defaults(size="quick", parser=bench)
     tune = commands.add_parser(
         "tune",
-        help="measure from where which way of computing is faster on this machine",
-        description="Measures when to compute everything instead of skipping, and when to take torch's own matmul "
-        "group by group, and writes the table into the user's cache folder (DYNCORE_CACHE, else XDG_CACHE_HOME or "
-        "~/.cache), where dyncore reads it. Takes less than two minutes on a quiet machine.",
+        help="measure from where which way of computing is faster on this machine, or tilings on a CUDA device",
+        description="On a CPU: measures when to compute everything instead of skipping, and when to take torch's own "
+        "matmul group by group; less than two minutes on a quiet machine. On a CUDA device: measures which tiling of "
+        "each Triton kernel is fastest; some minutes, most of them compiling. Each writes its table into the user's "
+        "cache folder (DYNCORE_CACHE, else XDG_CACHE_HOME or ~/.cache), where dyncore reads it; nothing is ever "
+        "measured unasked. Ctrl-C keeps the tilings measured so far.",
+        epilog="examples: dyncore tune | dyncore tune --threads 1 | dyncore tune --device cuda:0 --quick",
     )
-    tune.add_argument("--quick", action="store_true", help="fewer sizes, under 30 seconds")
-    tune.add_argument("--threads", type=_positive_int, metavar="N", help="default: torch.get_num_threads()")
+    tune.add_argument(
+        "--device", type=_cuda_index, dest="cuda_index", metavar="D", help="cpu (default), cuda or cuda:<number>"
+    )
+    tune.add_argument("--quick", action="store_true", help="fewer sizes, under 30 seconds; cuda: 16-bit kernels alone")
+    tune.add_argument("--threads", type=_positive_int, metavar="N", help="cpu: default torch.get_num_threads()")
+    tune.set_defaults(parser=tune)
     return parser
 
 
@@ -129,6 +147,8 @@ def _print_env(as_json: bool) -> int:
         "GPU": env["gpu"] or "none found",
         "break-evens": "measured" if env["tuned"] else "defaults; dyncore tune measures this machine's",
     }
+    if env["tilings"]:
+        lines["tilings"] = env["tilings"]
     for name, backend in env["backends"].items():
         state = "available" if backend["available"] else "not available"
         lines[f"backend {name}"] = state + (f": {backend['reason']}" if backend["reason"] else "")
@@ -175,6 +195,12 @@ def _bench(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 def _tune(args: argparse.Namespace) -> int:
+    if args.cuda_index is not None:
+        if args.threads is not None:
+            args.parser.error("argument --threads: not allowed with a CUDA device")
+        from dyncore import tune_cuda
+
+        return tune_cuda.run(tune_cuda.QUICK if args.quick else tune_cuda.FULL, args.cuda_index)
     from dyncore.tune import FULL, QUICK, run
 
     return run(QUICK if args.quick else FULL, args.threads)

@@ -181,7 +181,8 @@ def run(effort: Effort, threads: int | None = None) -> int:
     for warning in timing_warnings():
         print(f"dyncore tune: warning: {warning}", file=sys.stderr)
     threads = torch.get_num_threads()
-    print(f"{here['cpu']}, {here['isa']}, {threads} threads, torch {here['torch']}\n")
+    print(f"{here['cpu']}, {here['isa']}, {threads} threads, torch {here['torch']}")
+    print("(the CPU; dyncore tune --device cuda measures tilings on a CUDA device)\n")
     torch.manual_seed(0)
     record: dict[str, Any] = {"masked": [], "executors": [], "dense": []}
     heading = None

@@ -72,6 +72,20 @@ def test_help_has_examples_and_all_options():
     assert "--tiny" not in done.stdout
 
 
+def test_help_of_tune_has_an_example_of_each_device(capsys):
+    with pytest.raises(SystemExit):
+        main(["tune", "--help"])
+    out = capsys.readouterr().out
+    for word in (
+        "--device",
+        "DYNCORE_CACHE",
+        "dyncore tune --threads 1",
+        "dyncore tune --device cuda:0 --quick",
+        "Ctrl-C",
+    ):
+        assert word in " ".join(out.split())
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -90,6 +104,9 @@ def test_help_has_examples_and_all_options():
         ),
         (["bench", "--tiny", "--out", f"{__file__}/x"], f"cannot make the folder '{__file__}/x': Not a directory"),
         (["bench", "--tiny", "--out", "x" * 300], "xxx': File name too long"),
+        (["tune", "--device", "tpu"], "argument --device: expected cpu, cuda or cuda:<number>, got 'tpu'"),
+        (["tune", "--device", "cuda:x"], "argument --device: expected cpu, cuda or cuda:<number>, got 'cuda:x'"),
+        (["tune", "--device", "cuda", "--threads", "2"], "argument --threads: not allowed with a CUDA device"),
         (["sing"], "argument command: invalid choice: 'sing'"),
         ([], "the following arguments are required: command"),
     ],

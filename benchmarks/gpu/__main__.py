@@ -24,11 +24,22 @@ import torch
 from benchmarks.gpu import bars
 from benchmarks.gpu.cases import CASES
 from benchmarks.gpu.measure import Record, left_out, measure_case, measure_layer, measure_peaks, measure_plans
-from benchmarks.gpu.processes import SANITIZERS, Failed, Job, Worker, run_job, run_sanitizer, run_tests, warm_up
+from benchmarks.gpu.processes import (
+    SANITIZERS,
+    Failed,
+    Job,
+    Worker,
+    run_job,
+    run_sanitizer,
+    run_tests,
+    run_tune,
+    warm_up,
+)
 from benchmarks.gpu.ways import installed_peers
 from dyncore.measure.environment import environment
 
 PARTS = ("tests", "peaks", "plans", "layer", "token_skip", "moe", "few_rows")
+TUNE = "tune"  # a part that runs when asked for alone: it compiles for minutes
 # Seconds from the start of `make gpu`: a build of some 60, preparations to 290, measurements to 505. The archive and
 # the ending of processes have the rest of 540.
 PREPARED, MEASURED = 290, 505
@@ -174,7 +185,7 @@ def has_failed(records: Sequence[Record]) -> bool:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for results.json, logs and the archive")
-    parser.add_argument("--part", choices=("all", *PARTS), default="all", help="what to run (default: all)")
+    parser.add_argument("--part", choices=("all", *PARTS, TUNE), default="all", help="what to run (default: all)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: tries out the program, measures nothing")
     parser.add_argument("--started", type=float, default=time.time(), help="when the nine minutes began (date +%%s)")
@@ -203,7 +214,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(heading(results), flush=True)
 
     tests = "tests" in parts and device.type == "cuda"
-    results["records"] += prepare(jobs, tests, device, out, started + PREPARED)
+    if options.part == TUNE and device.type == "cuda":
+        results["records"] = [run_tune(out, started + MEASURED - time.monotonic())]
+    else:
+        results["records"] += prepare(jobs, tests, device, out, started + PREPARED)
     print("\n".join([*describe(results["records"]), f"prepared after {time.monotonic() - started:.0f} s"]), flush=True)
     measure(jobs, device, started + MEASURED, out, results)
 

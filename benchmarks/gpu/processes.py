@@ -172,6 +172,24 @@ def run_tests(out: Path, limit: float) -> Record:
     }
 
 
+def run_tune(out: Path, limit: float) -> Record:
+    """`dyncore tune`, its table in `out`; whatever it has measured when the time is over stands there."""
+    start, log = time.monotonic(), out / "tune.log"
+    command = ["env", f"DYNCORE_CACHE={out.resolve()}", sys.executable, "-m", "dyncore", "tune", "--device", "cuda"]
+    code = run_command(command, log, limit)
+    took = time.monotonic() - start
+    if code is None:
+        return left_out("tune", "dyncore tune", "dyncore", f"stopped after {took:.0f} s; see the table and tune.log")
+    return {
+        "part": "tune",
+        "label": "dyncore tune",
+        "way": "dyncore",
+        "code": code,
+        "summary": _last_line(log),
+        "s": took,
+    }
+
+
 def run_sanitizer(out: Path, tool: str, limit: float) -> Record:
     """The tests of the CUDA C++ kernels under a tool of compute-sanitizer."""
     program = shutil.which("compute-sanitizer")

@@ -14,6 +14,7 @@ import os
 import torch
 from torch import Tensor
 
+from dyncore import tilings
 from dyncore.backends import reference
 
 # dtypes the kernels take; they accumulate in float32
@@ -115,7 +116,8 @@ def _target(x: Tensor):
 
     if not x.is_cuda:
         return Target(architecture(_OLDEST), 2, False)
-    return Target(*device_facts(x.device.index), torch.backends.cuda.matmul.fp32_precision == "tf32")
+    index = x.device.index
+    return Target(*device_facts(index), torch.backends.cuda.matmul.fp32_precision == "tf32", tilings.current(index))
 
 
 def grouped_linear(

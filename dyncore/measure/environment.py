@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import dyncore
-from dyncore import break_even
+from dyncore import break_even, tilings
 from dyncore.backends import cpu, cuda, triton
 
 _CACHE_ROOT = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -108,6 +108,13 @@ def _backends() -> dict[str, dict[str, Any]]:
     }
 
 
+def _tilings() -> str | None:
+    """Which tilings of the Triton kernels are in force on the current CUDA device."""
+    if not (torch.cuda.is_available() and triton.available):
+        return None
+    return tilings.in_use(torch.cuda.current_device())
+
+
 def environment() -> dict[str, Any]:
     """Versions, machine, instruction set, threads and backends, as a plain dict. No host name, no paths."""
     return {
@@ -125,6 +132,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "isa": cpu.isa() if cpu.available else None,
         "tuned": break_even.tuned(),
+        "tilings": _tilings(),
         "last_level_cache_bytes": last_level_cache(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "backends": _backends(),

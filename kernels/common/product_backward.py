@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .activations import activate_with_derivative
 from .blocks import clear_padding, halves, multiply, store_tile
-from .configs import GROUP_M, Config, Target, aligned, choose_config, num_programs
+from .configs import CONFIGS, GROUP_M, UNALIGNED, Config, Key, Target, aligned, key_of, num_programs, usual
 from .tiles import block_of_groups, count_tiles, find_tile, swizzle
 
 # ---------------------------------------------------------------- kernel
@@ -170,13 +170,16 @@ def product_backward_kernel(
 ROOMY = {"num_warps": 8, "num_stages": 4, "resident": 1}
 
 
-def choose_roomy_config(arch: int, arithmetic: str, num_slots: int, num_groups: int, aligned: bool) -> Config:
-    config = choose_config(arch, arithmetic, num_slots, num_groups, 0, aligned)
+def choose_roomy_config(target: Target, key: Key, aligned: bool) -> Config:
+    special = target.special(key) if aligned else None
+    if special is not None:
+        return special
+    config = usual(CONFIGS[target.arch][key.arithmetic] if aligned else UNALIGNED, key)
     if config.BM < 64:
         return config
     if not aligned:
         return config._replace(BN=64, num_warps=8)
-    return config._replace(**ROOMY, BM=config.BM if arithmetic == "half" else 64)
+    return config._replace(**ROOMY, BM=config.BM if key.arithmetic == "half" else 64)
 
 
 def product_backward(
@@ -204,8 +207,8 @@ def product_backward(
     else [A, N] (gated [A, 2N]). Not multiplied: g is taken as 0, where only `scaled` is wanted."""
     num_slots, (num_groups, n) = rows.shape[0], weight.shape[:2]
     k = weight.shape[2] if multiplied else 0
-    fits = aligned(grad, weight)
-    config = choose_roomy_config(target.arch, target.arithmetic(grad.dtype), num_slots, num_groups, fits)
+    key = key_of("product_backward", target.arithmetic(grad.dtype), num_slots, num_groups, weight.shape[2])
+    config = choose_roomy_config(target, key, aligned(grad, weight))
     tiles_n = triton.cdiv(n, config.BN)
     row_pieces = grad.new_empty(tiles_n if sum_rows else 0, num_slots, dtype=torch.float32)
     if num_slots > 0 and n > 0:

@@ -12,7 +12,8 @@ import triton.language as tl
 
 def num_tiles(num_slots: int, num_groups: int, block_m: int) -> int:
     """The most tiles that a plan of this capacity can have, whatever its offsets."""
-    return num_slots // block_m + min(num_groups, num_slots)
+    groups = min(num_groups, num_slots)  # of which all but one hold a slot alone
+    return groups + (num_slots - groups) // block_m
 
 
 def block_of_groups(num_groups: int) -> int:

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import GROUP_M, Config, Target, fits_wide_loads
+from .configs import GROUP_M, Config, Key, Target, fits_wide_loads, key_of
 from .sums import sum_pieces
 from .tiles import swizzle
 
@@ -95,6 +95,13 @@ def weight_gradient_kernel(
 
 # ---------------------------------------------------------------- launcher
 
+
+def choose_gradient_config(target: Target, key: Key, wide: bool) -> Config:
+    if not wide:
+        return UNALIGNED
+    return target.special(key) or CONFIGS[target.arch][key.arithmetic]
+
+
 STEPS_OF_A_PIECE = 8  # at least: a piece is written and read again
 
 
@@ -119,8 +126,8 @@ def weight_gradient(
     num_groups, n, k = out.shape
     if out.numel() == 0:
         return
-    wide = fits_wide_loads(left) and fits_wide_loads(right)
-    config = CONFIGS[target.arch][target.arithmetic(left.dtype)] if wide else UNALIGNED
+    key = key_of("weight_gradient", target.arithmetic(left.dtype), rows.shape[0], num_groups, min(n, k))
+    config = choose_gradient_config(target, key, fits_wide_loads(left) and fits_wide_loads(right))
     tiles = num_groups * triton.cdiv(n, config.BM) * triton.cdiv(k, config.BN)
     pieces = num_pieces(target, config, rows.shape[0], num_groups, tiles)
     made = out if pieces == 1 else out.new_empty(pieces, *out.shape, dtype=torch.float32)

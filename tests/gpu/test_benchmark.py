@@ -56,6 +56,24 @@ def test_every_case_times_dyncore_and_its_rivals(run):
     assert timed("layer", "T=64") == {"dyncore", "dyncore_graph", "host"}
 
 
+def test_the_tilings_are_tuned_when_asked_for_alone(tmp_path, monkeypatch):
+    started = []
+
+    def tune(command, log, limit):
+        started.append(command)
+        log.write_text("Written to a file\n")
+        (tmp_path / "tilings-x.json").write_text("{}")
+        return 0
+
+    monkeypatch.setattr(processes, "run_command", tune)
+    record = processes.run_tune(tmp_path, 60.0)
+    assert (record["part"], record["code"], record["summary"]) == ("tune", 0, "Written to a file")
+    assert started[0][1] == f"DYNCORE_CACHE={tmp_path}"
+    assert gpu.main(["--out", str(tmp_path), "--device", "cpu", "--quick", "--part", "tune"]) == 0
+    with tarfile.open(tmp_path / "dyncore-gpu.tar.gz") as tar:
+        assert {"tilings-x.json", "tune.log"} <= set(tar.getnames())
+
+
 def test_flops_are_those_of_the_live_slots(run):
     def flops(part, label, way):
         (r,) = (r for r in run[2]["records"] if (r["part"], r["label"], r["way"]) == (part, label, way))

@@ -254,3 +254,14 @@ def test_a_bad_plan_is_an_error_when_checks_are_asked_for(monkeypatch):
     monkeypatch.setenv("DYNCORE_CHECK", "1")
     with pytest.raises(IndexError, match=r"plan\.rows: expected rows in \[0, 60\)"):
         dc.grouped_linear(x, weight, bias, plan=bad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [64, 100])
+def test_few_rows_of_one_narrow_group_in_pieces_of_their_depth(n, dtype):
+    plan = make_plan("selected", 12, 1, torch.float32)
+    p = problem(plan, dtype=dtype, sizes=(8192, n))
+    on_device, run = plan.to("cuda"), on_gpu(p)
+    out, again = (dc.grouped_linear(*run, plan=on_device, activation="gelu") for _ in range(2))
+    assert torch.equal(out, again)
+    assert_values(out.cpu(), oracle_linear(*wide(p), plan, wide_scale(plan), "gelu", True, True))

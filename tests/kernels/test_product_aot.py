@@ -8,11 +8,19 @@ import torch
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("runs without TRITON_INTERPRET, in a process of its own", allow_module_level=True)
 
+from unittest import mock
+
+from triton import knobs
+from triton.runtime.driver import driver
+
 from dyncore.kernels import grouped_linear as linear
 from dyncore.kernels import grouped_mlp as mlp
 from dyncore.kernels.common import configs
+from dyncore.kernels.common import product as products
+from dyncore.kernels.common.split import RESIDENT
 from tests.kernels.aot import (
     COMBINATIONS,
+    Driver,
     check_fits,
     check_tensor_cores,
     check_wide_copies,
@@ -55,7 +63,8 @@ def launch_mlp(arch, arithmetic, rows_per_group, h=256, i=512, dtype=torch.bfloa
 
 def check_product(arch, arithmetic, rows_per_group, depth, binary):
     """It has the tiling of its case, fits the device as often as it is launched, and works in whole 16 bytes."""
-    config = configs.choose_config(arch, arithmetic, GROUPS * rows_per_group, GROUPS, depth, True)
+    key = configs.key_of("product", arithmetic, rows_per_group, 1, depth)
+    config = configs.choose_config(target(arch), key, True)
     assert [binary.constants[name] for name in ("BM", "BN", "BK")] == list(config[:3])
     check_fits(arch, binary, config.resident)
     check_tensor_cores(arch, arithmetic, binary)
@@ -72,7 +81,7 @@ def test_every_configuration(arch, arithmetic, size):
         check_product(arch, arithmetic, rows, 512, product)
 
 
-@pytest.mark.parametrize("arch", configs.DEEP_CONFIGS)
+@pytest.mark.parametrize("arch", configs.SPECIAL)
 def test_the_large_tile_of_deep_products(arch):
     up, down = compile_for(arch, launch_mlp(arch, "half", 512, h=2048, i=configs.DEEP), ("product",))
     for product, depth in ((up, 2048), (down, configs.DEEP)):
@@ -94,7 +103,8 @@ def test_odd_sizes(arch, arithmetic, size):
     """Rows of 63 elements start anywhere: no wide loads, but neither spills, and tensor cores all the same."""
     rows = ROWS_PER_GROUP[size]
     (product,) = compile_for(arch, launch_linear(arch, arithmetic, rows, k=63, n=101, scatter=False))
-    config = configs.choose_config(arch, arithmetic, GROUPS * rows, GROUPS, 63, False)
+    key = configs.key_of("product", arithmetic, GROUPS * rows, GROUPS, 63)
+    config = configs.choose_config(target(arch), key, False)
     assert product.constants["BK"] == config.BK
     check_fits(arch, product, config.resident)
     check_tensor_cores(arch, arithmetic, product)
@@ -113,12 +123,61 @@ def test_combine(width):
     assert wide == (width == 4096)
 
 
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_few_rows_of_one_narrow_group_in_pieces_of_their_depth(gated):
+    slots, n, k = 16, 512, 16384
+    width = 2 * n if gated else n
+    x, weight, bias, out, pre = (
+        torch.empty(s, dtype=torch.bfloat16)
+        for s in ((slots, k), (1, width, k), (1, width), (slots, n), (slots, width))
+    )
+    rows, offsets = torch.zeros(slots, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    split, finish = compile_for(90, lambda: products.product(
+        x, weight, bias, None, rows, offsets, out, pre, activation="silu", gated=gated, target=target(90),
+    ))  # fmt: skip
+    check_product(90, "half", slots, k, split)
+    assert finish.name == "finish_pieces_kernel"
+    check_fits(90, finish, RESIDENT)
+    assert finish.has(r"LDG\.E\S*\.(64|128)")
+
+
+def test_pieces_of_a_product_fill_the_device_but_stay_deep_enough_to_pay():
+    config, device = configs.Config(16, 64, 128, 4, 4, 3), configs.Target(90, 132, False)
+    assert products.num_pieces(device, config, 16384, 64) == 6
+    assert products.num_pieces(device, config, 16384, 131) == 3
+    assert products.num_pieces(device, config, 16384, 132) == 1
+    assert products.num_pieces(device, config, 16384, 1) == 16
+    assert products.num_pieces(device, config, 2048, 64) == 2
+    assert products.num_pieces(device, config, 2047 - 128, 64) == 1
+    assert products.num_pieces(device, config, 0, 64) == 1
+
+
 def test_a_program_is_launched_for_each_place_on_the_device_but_no_more_than_there_can_be_tiles():
     config = configs.Config(128, 128, 64, 8, 3, 2)
     device = configs.Target(90, 132, False)
     assert configs.num_programs(device, config, 100_000, 8, 16) == 264
     assert configs.num_programs(device, config, 1000, 8, 3) == (1000 // 128 + 8) * 3
     assert configs.num_programs(device, config, 2, 128, 3) == 2 * 3
+
+
+def test_another_number_of_rows_in_the_same_bucket_compiles_nothing_new():
+    def keys(rows_per_group):
+        launches = []
+
+        def catch(*, key, **_):
+            launches.append(key)
+            return True
+
+        with (
+            mock.patch.object(driver, "_active", Driver(90)),
+            mock.patch.object(knobs.runtime, "jit_cache_hook", catch),
+        ):
+            launch_mlp(90, "half", rows_per_group)()
+        return launches
+
+    assert len(keys(97)) == 3
+    assert keys(97) == keys(301) == keys(512)
+    assert keys(96) != keys(97)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dyncore.measure import Interleaved, Timing, cold_copies
+from dyncore.measure.timing import InterleavedOnDevice
 
 
 class Clock:
@@ -27,6 +28,34 @@ def test_every_variant_runs_once_a_round_from_a_start_that_moves():
     for _ in range(4):
         timer.round()
     assert "".join(calls) == "abc" + "bca" + "cab" + "abc"
+
+
+def test_on_a_device_a_sample_lies_between_two_events_behind_a_sleep(monkeypatch):
+    log, device = [], Clock()
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("record")
+            self.at = device.now
+
+        def synchronize(self):
+            log.append("synchronize")
+
+        def elapsed_time(self, end):
+            return (end.at - self.at) / 1e6
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: (log.append("sleep"), device.work(10**6)))
+    timer = InterleavedOnDevice(
+        {"a": lambda ns: (log.append("a"), device.work(ns))}, arguments=lambda n, r: (2500 + r,)
+    )
+    timer.round()
+    timer.round()
+    assert log == ["sleep", "record", "a", "record", "synchronize"] * 2
+    assert timer.timings()["a"].samples_ns == (2500, 2501)
 
 
 def test_samples_are_what_the_clock_says_and_medians_are_robust():
