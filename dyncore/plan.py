@@ -20,6 +20,7 @@ from dyncore.transforms import apply
 
 _plan_inverse = torch.ops.dyncore.plan_inverse.default
 _plan_mask = torch.ops.dyncore.plan_mask.default  # its _op is what its __call__ calls, 0.2 us later
+_plan_mask_sources = torch.ops.dyncore.plan_mask_sources.default
 _plan_route = torch.ops.dyncore.plan_route.default
 _plan_route_topk = torch.ops.dyncore.plan_route_topk.default
 _plan_topk = torch.ops.dyncore.plan_topk.default
@@ -372,9 +373,13 @@ def route_mask(mask: Tensor, weight: Tensor | None = None, *, max_slots: int | N
     if eager and capacity > bound:
         raise ValueError(f"max_slots: the mask has {capacity} slots, more than max_slots={max_slots}")
     _expect_rows("mask", max(capacity, num_rows))
-    rows, offsets, row_offsets, row_slots = _plan_mask(mask, capacity)
-    plan = Plan(rows, offsets, None, num_rows, row_offsets, row_slots, eager)
     if weight is None:
-        return plan
-    sources = rows.long() * num_groups + plan.groups().clamp(max=num_groups - 1)
+        rows, offsets, row_offsets, row_slots = _plan_mask(mask, capacity)
+        return Plan(rows, offsets, None, num_rows, row_offsets, row_slots, eager)
+    if mask.numel() <= _MAX_INDEX:
+        rows, offsets, row_offsets, row_slots, sources = _plan_mask_sources(mask, capacity)
+        scale = _at_slots(weight, sources)
+        return Plan(rows, offsets, scale, num_rows, row_offsets, row_slots, eager)
+    plan = route_mask(mask, max_slots=capacity)
+    sources = plan.rows.long() * num_groups + plan.groups().clamp(max=num_groups - 1)
     return dataclasses.replace(plan, scale=_at_slots(weight, sources))

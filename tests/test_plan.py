@@ -85,6 +85,12 @@ def test_route_mask_takes_any_number_of_groups_a_row():
     assert torch.equal(weight.grad, mask.float())
 
 
+def test_route_mask_takes_weights_of_more_pairs_than_an_int32_counts():
+    with FakeTensorMode():
+        mask, weight = torch.empty(2**21, 2**10, dtype=torch.bool), torch.empty(2**21, 2**10)
+        assert dc.route_mask(mask, weight, max_slots=9).scale.shape == (9,)
+
+
 sizes = st.integers(0, 40)
 groups = st.integers(1, 9)
 
@@ -255,11 +261,14 @@ def test_route_topk_in_a_compiled_function():
     torch.testing.assert_close(torch.autograd.grad(compiled(logits).square().sum(), logits)[0], want)
 
 
-@pytest.mark.parametrize("op", ["plan_mask", "plan_route", "plan_route_topk", "plan_topk", "plan_inverse"])
+@pytest.mark.parametrize(
+    "op", ["plan_mask", "plan_mask_sources", "plan_route", "plan_route_topk", "plan_topk", "plan_inverse"]
+)
 def test_opcheck(op):
     plan = dc.route(torch.randint(-1, 3, (9, 2)), num_groups=3)
     args = {
         "plan_mask": (torch.rand(9, 3) < 0.5, 27),
+        "plan_mask_sources": (torch.rand(9, 3) < 0.5, 27),
         "plan_route": (torch.randint(-1, 3, (9, 2)), 3, 18),
         "plan_route_topk": (torch.randn(9, 4), 2, True),
         "plan_topk": (torch.randn(3, 7), 4),

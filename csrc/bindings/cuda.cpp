@@ -53,15 +53,17 @@ Contiguous contiguous(const char* name, py::handle source) {
 }
 
 void plan_mask(py::handle mask_, py::handle rows_, py::handle offsets_, py::handle row_offsets_, py::handle row_slots_,
-               py::handle workspace_) {
+               py::handle sources_, py::handle workspace_) {
   const Contiguous mask = contiguous("mask", mask_);
   if (mask.type() != kBool) throw py::type_error("mask: expected a bool tensor");
   if (mask.dims() != 1) mask.expect_dims(2);
   const NewPlan lists(rows_, offsets_, row_offsets_, row_slots_, Device::cuda);
   const PlanBuffers plan = lists.expect(mask.size(0), mask.dims() == 2 ? mask.size(1) : 1, lists.rows.size(0));
+  const MaskSources sources(sources_, mask, plan.capacity, Device::cuda);
   const Workspace workspace(workspace_, cuda::plan_mask_workspace(plan.num_rows, plan.groups));
-  run(device_of(mask, lists),
-      [&](void* stream) { cuda::plan_mask(mask.data<const uint8_t>(), plan, workspace.data<int32_t>(), stream); });
+  run(device_of(mask, lists), [&](void* stream) {
+    cuda::plan_mask(mask.data<const uint8_t>(), sources.data<int32_t>(), plan, workspace.data<int32_t>(), stream);
+  });
 }
 
 void plan_route(py::handle expert_, py::handle rows_, py::handle offsets_, py::handle row_offsets_,

@@ -283,14 +283,15 @@ void grouped_mlp_backward(py::handle grad_, py::handle x_, py::handle w_in_, py:
 // Plans --------------------------------------------------------------------------------------------------------------
 
 void make_plan_mask(py::handle mask_, py::handle rows_, py::handle offsets_, py::handle row_offsets_,
-                    py::handle row_slots_) {
+                    py::handle row_slots_, py::handle sources_) {
   const Contiguous mask("mask", mask_);
   if (mask.type() != kBool) throw py::type_error("mask: expected a bool tensor");
   if (mask.dims() != 1) mask.expect_dims(2);
   const NewPlan lists(rows_, offsets_, row_offsets_, row_slots_);
   const PlanBuffers plan = lists.expect(mask.size(0), mask.dims() == 2 ? mask.size(1) : 1, lists.rows.size(0));
+  const MaskSources sources(sources_, mask, plan.capacity);
   py::gil_scoped_release unlocked;
-  plan_mask(mask.data<const uint8_t>(), plan);
+  plan_mask(mask.data<const uint8_t>(), sources.data<int32_t>(), plan);
 }
 
 void make_plan_route(py::handle expert_, py::handle rows_, py::handle offsets_, py::handle row_offsets_,

@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 
 #include <initializer_list>
+#include <limits>
+#include <string>
 
 #include "bindings/tensor.h"
 
@@ -74,6 +76,18 @@ struct NewPlan {
             capacity,
             groups,
             num_rows};
+  }
+};
+
+// The flat index into a mask of each slot of its plan, where asked for.
+struct MaskSources : Output {
+  MaskSources(py::handle source, const Tensor& mask, int64_t capacity, Device device = Device::cpu)
+      : Output("sources", source, Absence::allowed, device) {
+    if (!*this) return;
+    expect(kInt32, {capacity});
+    constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+    if (mask.elements() > kMost)
+      throw py::value_error("mask: expected at most " + std::to_string(kMost) + " entries, for sources are int32");
   }
 };
 

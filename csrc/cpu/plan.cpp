@@ -109,7 +109,7 @@ void mask_of_rows(const uint8_t* mask, int64_t live, const PlanBuffers& plan) {
 }
 
 // Several groups: row_slots first hold the group of each slot by rows, then its place.
-void mask_of_pairs(const uint8_t* mask, const PlanBuffers& plan) {
+void mask_of_pairs(const uint8_t* mask, int32_t* sources, const PlanBuffers& plan) {
   const int64_t groups = plan.groups;
   int64_t written = 0;
   for (int64_t t = 0; t < plan.num_rows; ++t) {
@@ -140,8 +140,10 @@ void mask_of_pairs(const uint8_t* mask, const PlanBuffers& plan) {
   // Ascending groups within a row are ascending slots.
   for (int64_t t = 0; t < plan.num_rows; ++t) {
     for (int64_t i = plan.row_offsets[t]; i < plan.row_offsets[t + 1]; ++i) {
-      const int64_t a = next[plan.row_slots[i]]++;
+      const int32_t g = plan.row_slots[i];
+      const int64_t a = next[g]++;
       plan.rows[a] = static_cast<int32_t>(t);
+      if (sources) sources[a] = static_cast<int32_t>(t * groups + g);
       plan.row_slots[i] = static_cast<int32_t>(a);
     }
   }
@@ -316,14 +318,17 @@ int64_t count_route(const void* expert, bool wide, int64_t size, int64_t num_gro
               : count_routed(static_cast<const int32_t*>(expert), size, num_groups);
 }
 
-void plan_mask(const uint8_t* mask, const PlanBuffers& plan) {
+void plan_mask(const uint8_t* mask, int32_t* sources, const PlanBuffers& plan) {
   const int64_t live = count_mask(mask, plan.num_rows * plan.groups);
   if (live > plan.capacity)
     throw std::invalid_argument("max_slots: the mask has " + to_string(live) + " slots, more than the capacity of " +
                                 to_string(plan.capacity));
-  plan.groups == 1 ? mask_of_rows(mask, live, plan) : mask_of_pairs(mask, plan);
+  plan.groups == 1 ? mask_of_rows(mask, live, plan) : mask_of_pairs(mask, sources, plan);
   fill_zero(plan.rows + live, plan.rows + plan.capacity);
   fill_zero(plan.row_slots + live, plan.row_slots + plan.capacity);
+  if (!sources) return;
+  if (plan.groups == 1) std::copy(plan.rows, plan.rows + live, sources);
+  fill_zero(sources + live, sources + plan.capacity);
 }
 
 void plan_route(const void* expert, bool wide, int64_t k, int32_t* sources, const PlanBuffers& plan) {

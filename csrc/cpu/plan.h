@@ -14,7 +14,8 @@ int64_t count_mask(const uint8_t* mask, int64_t size);
 int64_t count_route(const void* expert, bool wide, int64_t size, int64_t num_groups);
 
 // Slots in the order of (group, row). Throws std::invalid_argument where the mask has more slots than the capacity.
-void plan_mask(const uint8_t* mask, const PlanBuffers& plan);
+// sources[a] = t*groups + g of slot a, for masks that an int32 can index, or null.
+void plan_mask(const uint8_t* mask, int32_t* sources, const PlanBuffers& plan);
 
 // expert[T][k], int32 or (wide) int64; negative means nowhere; an index >= groups throws std::out_of_range.
 // sources[a] = t*k + j of slot a.

@@ -31,9 +31,10 @@ class OnDevice {
 // More groups than this, or more columns of `mask` or `expert`, no kernel takes.
 constexpr int64_t kMostGroups = 1024;
 
-// mask[T][G], bytes, any but 0 true. Slots past the capacity are dropped.
+// mask[T][G], bytes, any but 0 true. Slots past the capacity are dropped. sources[a] = t*G + g of slot a, for masks
+// that an int32 can index, or null.
 int64_t plan_mask_workspace(int64_t num_rows, int64_t groups);
-void plan_mask(const uint8_t* mask, const PlanBuffers& plan, int32_t* workspace, Stream stream);
+void plan_mask(const uint8_t* mask, int32_t* sources, const PlanBuffers& plan, int32_t* workspace, Stream stream);
 
 // expert[T][k], int32 or (wide) int64; an index outside 0..G-1 means nowhere. sources[a] = t*k + j of slot a.
 int64_t plan_route_workspace(int64_t num_rows, int64_t k, int64_t groups);

@@ -43,17 +43,23 @@ void mask(int64_t num_rows, int64_t groups, Fill fill, Random& random) {
   std::vector<Slot> slots;
   for (int64_t i = 0; i < mask.size(); ++i) {
     mask[i] = takes(fill, random) ? static_cast<uint8_t>(1 + random.below(255)) : 0;
-    if (mask[i]) slots.push_back({i % groups, i / groups, 0});
+    if (mask[i]) slots.push_back({i % groups, i / groups, i});
   }
+  std::sort(slots.begin(), slots.end());
   const int64_t live = static_cast<int64_t>(slots.size());
   for (int64_t capacity : {mask.size(), mask.size() + 3, live, live / 2}) {
     set_case(name_of_size("plan_mask", num_rows, groups, groups, capacity));
     const int launches = num_rows * groups <= cuda::kChunk / 2 ? 1 : 2;
     in_some_order(launches, [&] {
       MadePlan plan(capacity, groups, num_rows);
-      Buffer<int32_t> workspace(cuda::plan_mask_workspace(num_rows, groups));
-      cuda::plan_mask(mask.data(), plan.buffers, workspace.data(), nullptr);
+      Buffer<int32_t> sources(capacity), workspace(cuda::plan_mask_workspace(num_rows, groups));
+      const bool wanted = capacity % 3 != 1;  // else a plan alone
+      cuda::plan_mask(mask.data(), wanted ? sources.data() : nullptr, plan.buffers, workspace.data(), nullptr);
       plan.expect_slots(slots);
+      bool good = true;
+      for (int64_t a = 0; wanted && a < capacity; ++a)
+        good = good && sources[a] == (a < live ? slots[static_cast<size_t>(a)].source : 0);
+      expect(good, "sources");
     });
   }
 }

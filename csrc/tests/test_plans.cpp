@@ -28,14 +28,22 @@ void masks(int64_t num_rows, int64_t groups, int64_t one_in, Random& random) {
   std::vector<Slot> slots;
   for (int64_t i = 0; i < mask.size(); ++i) {
     mask[i] = random.below(one_in) == 0 ? static_cast<uint8_t>(1 + random.below(255)) : 0;
-    if (mask[i]) slots.push_back({i % groups, i / groups, 0});
+    if (mask[i]) slots.push_back({i % groups, i / groups, i});
   }
+  std::sort(slots.begin(), slots.end());
   const int64_t live = count_mask(mask.data(), mask.size());
   expect(live == static_cast<int64_t>(slots.size()), "count_mask");
   for (int64_t spare : {0, 5}) {
     MadePlan plan(live + spare, groups, num_rows);
-    plan_mask(mask.data(), plan.buffers);
+    Buffer<int32_t> sources(live + spare);
+    plan_mask(mask.data(), nullptr, plan.buffers);
     plan.expect_slots(slots);
+    plan_mask(mask.data(), sources.data(), plan.buffers);
+    plan.expect_slots(slots);
+    bool good = true;
+    for (int64_t a = 0; a < live + spare; ++a)
+      good = good && sources[a] == (a < live ? slots[static_cast<size_t>(a)].source : 0);
+    expect(good, "sources");
     MadePlan inverse(live + spare, groups, num_rows);
     std::copy(plan.rows.data(), plan.rows.data() + plan.rows.size(), inverse.rows.data());
     std::copy(plan.offsets.data(), plan.offsets.data() + plan.offsets.size(), inverse.offsets.data());
@@ -44,7 +52,7 @@ void masks(int64_t num_rows, int64_t groups, int64_t one_in, Random& random) {
   }
   if (live == 0) return;
   MadePlan tight(live - 1, groups, num_rows);
-  expect_throws<std::invalid_argument>("too small a capacity", [&] { plan_mask(mask.data(), tight.buffers); });
+  expect_throws<std::invalid_argument>("too small a capacity", [&] { plan_mask(mask.data(), nullptr, tight.buffers); });
 }
 
 template <class Index>

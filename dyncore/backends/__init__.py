@@ -14,8 +14,9 @@ from dyncore.backends import cpu, cpu_sparse, cuda, meta, reference
 _PLAN = "Tensor rows, Tensor offsets, Tensor? scale, Tensor row_offsets, Tensor row_slots"
 
 SCHEMAS = {
-    # mask [T, G], or [T]: one group
+    # mask [T, G], or [T]: one group. sources: the flat index into the mask of each slot, 0 for padding
     "plan_mask": "(Tensor mask, SymInt capacity) -> (Tensor, Tensor, Tensor, Tensor)",
+    "plan_mask_sources": "(Tensor mask, SymInt capacity) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "plan_route": "(Tensor expert, int num_groups, SymInt capacity) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     # the plan, then sources, scale (the weights) and expert [T, k]
     "plan_route_topk": "(Tensor logits, int k, bool normalize) "

@@ -123,8 +123,17 @@ def plan_mask(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tens
     if not available:
         return reference.plan_mask(mask, capacity)
     plan = _new_plan(mask.shape[0], mask.shape[1] if mask.dim() == 2 else 1, capacity)
-    native.plan_mask(mask, *plan)
+    native.plan_mask(mask, *plan, None)
     return plan
+
+
+def plan_mask_sources(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if not available:
+        return reference.plan_mask_sources(mask, capacity)
+    plan = _new_plan(mask.shape[0], mask.shape[1] if mask.dim() == 2 else 1, capacity)
+    sources = new_int32(capacity)
+    native.plan_mask(mask, *plan, sources)
+    return *plan, sources
 
 
 def plan_route(expert: Tensor, num_groups: int, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

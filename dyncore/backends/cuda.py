@@ -88,8 +88,18 @@ def plan_mask(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tens
         return elsewhere("plan_mask")(mask, capacity)
     reference.check_capacity(mask, capacity)
     plan = _new_plan(mask, num_rows, num_groups, capacity)
-    native.plan_mask(mask, *plan, _new_int32(mask, native.plan_mask_workspace(num_rows, num_groups)))
+    native.plan_mask(mask, *plan, None, _new_int32(mask, native.plan_mask_workspace(num_rows, num_groups)))
     return plan
+
+
+def plan_mask_sources(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    num_rows, num_groups = mask.shape if mask.dim() == 2 else (mask.shape[0], 1)
+    if not _serves(mask) or num_groups > native.MOST_GROUPS:
+        return elsewhere("plan_mask_sources")(mask, capacity)
+    reference.check_capacity(mask, capacity)
+    plan, sources = _new_plan(mask, num_rows, num_groups, capacity), _new_int32(mask, capacity)
+    native.plan_mask(mask, *plan, sources, _new_int32(mask, native.plan_mask_workspace(num_rows, num_groups)))
+    return *plan, sources
 
 
 def plan_route(expert: Tensor, num_groups: int, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

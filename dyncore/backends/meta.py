@@ -24,6 +24,10 @@ def plan_mask(mask: Tensor, capacity: int):
     return _plan(mask, mask.shape[0], mask.shape[1] if mask.dim() == 2 else 1, capacity)
 
 
+def plan_mask_sources(mask: Tensor, capacity: int):
+    return *plan_mask(mask, capacity), mask.new_empty(capacity, dtype=torch.int32)
+
+
 def plan_route(expert: Tensor, num_groups: int, capacity: int):
     return *_plan(expert, expert.shape[0], num_groups, capacity), expert.new_empty(capacity, dtype=torch.int32)
 

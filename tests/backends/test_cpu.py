@@ -318,6 +318,7 @@ def test_plan_mask(shape, density, spare):
     count = cpu.count_mask(mask)
     assert count == int(mask.sum())
     assert equal(cpu.plan_mask(mask, count + spare), reference.plan_mask(mask, count + spare))
+    assert equal(cpu.plan_mask_sources(mask, count + spare), reference.plan_mask_sources(mask, count + spare))
     assert equal(cpu.plan_mask(mask.t().contiguous().t(), count), reference.plan_mask(mask, count))
 
 

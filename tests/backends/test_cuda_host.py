@@ -39,13 +39,16 @@ class Native:
     def plan_mask_workspace(self, num_rows, groups):
         return 3
 
-    def plan_mask(self, mask, rows, offsets, row_offsets, row_slots, workspace):
+    def plan_mask(self, mask, rows, offsets, row_offsets, row_slots, sources, workspace):
         groups = mask.shape[1] if mask.dim() == 2 else 1
         expect_ints(rows, offsets, row_offsets, row_slots, workspace)
         assert mask.dtype is torch.bool
         assert (offsets.shape[0], row_offsets.shape[0]) == (groups + 1, mask.shape[0] + 1)
         assert workspace.shape == (3,)
         write((rows, offsets, row_offsets, row_slots), reference.plan_mask(mask, rows.shape[0]))
+        if sources is not None:
+            expect_ints(sources)
+            write([sources], reference.plan_mask_sources(mask, rows.shape[0])[4:])
 
     def plan_route_workspace(self, num_rows, k, groups):
         return 5
@@ -129,8 +132,10 @@ def assert_same(got, want):
 @pytest.mark.parametrize("shape", [(0,), (50,), (50, 1), (40, 6), (3, 1024)], ids=str)
 def test_plan_mask(native, shape):
     mask = torch.rand(shape) < 0.5
-    assert_same(cuda.plan_mask(mask, mask.numel() + 2), reference.plan_mask(mask, mask.numel() + 2))
-    assert native.called == ["plan_mask"]
+    capacity = mask.numel() + 2
+    assert_same(cuda.plan_mask(mask, capacity), reference.plan_mask(mask, capacity))
+    assert_same(cuda.plan_mask_sources(mask, capacity), reference.plan_mask_sources(mask, capacity))
+    assert native.called == ["plan_mask"] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
@@ -206,7 +211,8 @@ def test_scatter_rows_backward(native, needs, scale_dtype):
 
 def test_what_no_kernel_takes_is_left_to_others(native):
     wide = torch.rand(2, 1025) < 0.5
-    assert_same(cuda.plan_mask(wide, wide.numel()), reference.plan_mask(wide, wide.numel()))
+    for name in ("plan_mask", "plan_mask_sources"):
+        assert_same(getattr(cuda, name)(wide, wide.numel()), getattr(reference, name)(wide, wide.numel()))
     expert = torch.randint(0, 2000, (9, 2))
     assert_same(cuda.plan_route(expert, 2000, 18), reference.plan_route(expert, 2000, 18))
     assert_same(cuda.plan_route(expert.short(), 2000, 18), reference.plan_route(expert.short(), 2000, 18))
@@ -237,11 +243,12 @@ def test_without_kernels_every_op_is_left_to_others(monkeypatch):
     def refuse(name):
         return lambda *args: name
 
-    for name in ("plan_mask", "plan_route", "plan_topk", "plan_inverse", "gather_rows"):
+    for name in ("plan_mask", "plan_mask_sources", "plan_route", "plan_topk", "plan_inverse", "gather_rows"):
         monkeypatch.setattr(reference, name, refuse(name))
         monkeypatch.delattr(triton, name, raising=False)
     x = torch.zeros(2, 2)  # not on a CUDA device
     assert cuda.plan_mask(x, 4) == "plan_mask"
+    assert cuda.plan_mask_sources(x, 4) == "plan_mask_sources"
     assert cuda.plan_route(x, 3, 4) == "plan_route"
     assert cuda.plan_topk(x, 1) == "plan_topk"
     assert cuda.plan_inverse(x, x, 1) == "plan_inverse"
@@ -259,7 +266,9 @@ def test_an_ops_arguments_are_those_of_its_schema(name):
 
 
 def test_every_op_of_this_backend_is_tested_here():
-    assert set(OPS) == {name for name in vars(Native) if name in SCHEMAS}
+    assert set(OPS) - {"plan_mask_sources"} == {
+        name for name in vars(Native) if name in SCHEMAS
+    }  # of plan_mask's kernel
 
 
 def test_triton_comes_before_the_reference():
@@ -289,7 +298,7 @@ class TestModule:
         assert cuda.native.unusable(4096) != ""
 
     def test_cpu_tensors_are_refused(self):
-        lists = [torch.zeros(3, dtype=INT32) for _ in range(5)]
+        lists = [torch.zeros(3, dtype=INT32) for _ in range(6)]
         with pytest.raises(ValueError, match="mask: expected a tensor with data on cuda"):
             cuda.native.plan_mask(torch.ones(3, dtype=torch.bool), *lists)
 

@@ -51,7 +51,7 @@ def calls():
         ),
         "grouped_mlp_backward": ((x, x, w_in, w_out, b_out, pre, *plan, GELU, False), mlp_gradients),
         "pack_weight": ((w_in, 1), {"panels": new(G, 1, 1, H, 32)}),
-        "plan_mask": ((mask,), lists),
+        "plan_mask": ((mask,), {**lists, "sources": new(A, **ints)}),
         "plan_route": ((torch.zeros(T, 2, dtype=torch.int64),), {**lists, "sources": new(A, **ints)}),
         "plan_topk": ((torch.randn(1, T), A), one_group),
         "plan_inverse": ((rows, offsets), {name: lists[name] for name in ("row_offsets", "row_slots")}),

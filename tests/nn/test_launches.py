@@ -79,6 +79,16 @@ def test_the_bias_of_a_router_takes_one_more():
     assert names == ["mm", "add", *MOE[1:]]
 
 
+def test_weights_of_a_mask_take_one_kernel_more():
+    with FakeTensorMode():
+        mask, weight = torch.empty(90, 8, dtype=torch.bool), torch.empty(90, 8)
+        with Launches() as launches:
+            plan = dc.route_mask(mask, weight)
+    assert plan.scale is not None
+    assert plan.scale.shape == (720,)
+    assert launches.names == ["plan_mask_sources", "plan_mask_sources", "index_select"]
+
+
 MLP = ["addmm", "gelu", "addmm"]
 SKIPS = {
     "a threshold, update": (

@@ -44,6 +44,15 @@ def plan_mask(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tens
     return rows, offsets, *plan_inverse(rows, offsets, num_rows)
 
 
+def plan_mask_sources(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    num_groups = mask.shape[1] if mask.dim() == 2 else 1
+    rows, offsets, row_offsets, row_slots = plan_mask(mask, capacity)
+    slots = torch.arange(capacity, device=mask.device, dtype=torch.int32)
+    groups = torch.searchsorted(offsets[1:], slots, right=True)
+    sources = torch.where(is_live(rows, offsets), rows * num_groups + groups, 0).int()
+    return rows, offsets, row_offsets, row_slots, sources
+
+
 def plan_route(expert: Tensor, num_groups: int, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_rows, k = expert.shape
     flat = expert.reshape(-1)
