@@ -136,7 +136,7 @@ def _spilled() -> int:
     for kernel in (product_kernel, product_backward_kernel, weight_gradient_kernel):
         try:
             compiled = kernel.device_caches[torch.cuda.current_device()][0].values()  # pyright: ignore
-            total += sum(variant.n_spills for variant in compiled)
+            total += sum(getattr(variant, "n_spills", 0) for variant in compiled)  # none where it was never loaded
         except (AttributeError, LookupError, TypeError):
             continue
     return total
@@ -152,13 +152,17 @@ def _error(value: Tensor, right: Tensor) -> float:
 
 def _trial(run: Callable[[], list[Tensor]], right: list[Tensor] | None, tolerance: float) -> tuple[Any, str | None]:
     """(what was written, why it is left out)."""
-    from triton.runtime.errors import OutOfResources, PTXASError
+    from triton.errors import TritonError
 
     spilled = _spilled()
     try:
         got = run()
-    except (OutOfResources, PTXASError) as error:
-        return None, str(error).split("Reducing")[0].strip()[:80]
+    except torch.OutOfMemoryError:
+        raise
+    except (TritonError, RuntimeError) as error:  # it does not fit, or a compiler's pass fails
+        if right is None and not isinstance(error, TritonError):
+            raise  # not of the tiling's making
+        return None, " ".join(str(error).split("Reducing")[0].split())[:80]
     if right is None:
         return got, None
     if _spilled() > spilled:
@@ -267,8 +271,9 @@ def run(effort: Effort, index: int = 0, timer: Timer = on_device) -> int:
         reason = backend.reason if torch.cuda.is_available() else "PyTorch finds no CUDA device"
         print(f"dyncore tune: no tilings to choose from: {reason}", file=sys.stderr)
         return 1
-    if index >= torch.cuda.device_count():
-        print(f"dyncore tune: there is no cuda:{index}, but {torch.cuda.device_count()} CUDA devices", file=sys.stderr)
+    count = torch.cuda.device_count()
+    if index >= count:
+        print(f"dyncore tune: expected a device below cuda:{count}, got cuda:{index}", file=sys.stderr)
         return 1
     from dyncore.kernels.common.configs import Target, device_facts
 

@@ -1,6 +1,8 @@
 """Tables of tilings: buckets, files that are of use and of none, and the command that measures, on a made-up device."""
 
+import importlib
 import json
+import re
 import warnings
 from types import SimpleNamespace
 
@@ -20,6 +22,7 @@ from dyncore.kernels.common.configs import SPECIAL, Config, Key, Target, choose_
 from dyncore.measure.timing import Timing
 from dyncore.tune_cuda import label
 
+environment = importlib.import_module("dyncore.measure.environment")  # the package has a function of that name
 HERE = {"device": "NVIDIA Z80 (1 GB)", "capability": "9.0", "multiprocessors": "4", "triton": "3", "dyncore": "1"}
 TARGET = Target(90, 4, False)
 CPU = torch.device("cpu")
@@ -286,6 +289,55 @@ def test_the_lines_to_commit_are_the_tilings_that_are_not_built_in(device, file)
     assert found == {key: config for key, config in tilings.current(0).items() if config != own[key]}
     measure(timer=timer(1.0))
     assert 0 < tilings.source(file).count("Key(") < len(found)
+
+
+def test_a_tiling_that_no_compiler_takes_is_left_out_but_not_an_error_of_another_kind(device, file, monkeypatch):
+    failing = [1]
+
+    def problem(key, effort, device):
+        made = made_up(key, effort, device)
+
+        def call(target, x):
+            if candidates(TARGET, key).index(target.tuned[key]) in failing:
+                raise RuntimeError("PassManager::run failed")
+            return made.call(target, x)
+
+        return tune_cuda.dataclasses.replace(made, call=call)
+
+    monkeypatch.setattr(tune_cuda, "problem", problem)
+    assert measure(timer=timer(1.0)) == 0
+    for cell in json.loads(file.read_text())["cells"]:
+        assert list(cell["tflops"].values())[:2] == [1.0, "PassManager::run failed"]
+    failing.append(0)
+    with pytest.raises(RuntimeError, match="PassManager"):
+        measure()
+
+
+def test_spills_are_those_of_all_variants_that_were_loaded(monkeypatch):
+    loaded, never_loaded = SimpleNamespace(n_spills=3), SimpleNamespace()
+    kernel = SimpleNamespace(device_caches={0: ({"a": loaded, "b": never_loaded, "c": loaded}, {})})
+    for name, fake in (("product", kernel), ("product_backward", SimpleNamespace()), ("weight_gradient", kernel)):
+        monkeypatch.setattr(f"dyncore.kernels.common.{name}.{name}_kernel", fake)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert tune_cuda._spilled() == 12
+
+
+def test_a_device_that_is_not_there_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(backend, "_probe", lambda: (True, "made up"))
+    assert tune_cuda.run(ONE, 2) == 1
+    assert capsys.readouterr().err == "dyncore tune: expected a device below cuda:2, got cuda:2\n"
+
+
+def test_env_names_the_table_in_use(device, monkeypatch):
+    assert measure() == 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(backend, "_probe", lambda: (True, "made up"))
+    assert re.fullmatch(r"5 measured at 2\d{3}-.*", environment._tilings())
+    monkeypatch.setattr(tilings, "_tables", {0: ({}, None)})
+    assert environment._tilings() == "built-in; dyncore tune --device cuda measures this device's"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
