@@ -92,6 +92,7 @@ class Plan:
 
     @property
     def num_groups(self) -> int:
+        """G."""
         return self.offsets.shape[0] - 1
 
     @property

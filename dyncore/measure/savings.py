@@ -65,11 +65,13 @@ class Savings:
 
     @property
     def flop_speedup(self) -> float:
+        """FLOPs of the baseline over those executed; infinite if none was."""
         executed = self.flops["sparse"]
         return self.flops[self.baseline] / executed if executed else float("inf")
 
     @property
     def wall_clock_speedup(self) -> float:
+        """Median time of the baseline over that of skipping."""
         return self.timings[self.baseline].median / self.timings["sparse"].median
 
     @property

@@ -75,6 +75,7 @@ class ActivationSparsity:
         }
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Write it all as numbers."""
         write_results(path, self.record())
 
     def plot(self, path: str | os.PathLike[str], *, dark: bool = False) -> None:

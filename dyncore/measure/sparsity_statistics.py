@@ -123,6 +123,7 @@ class LayerSparsity:
 
     @property
     def zero_fraction(self) -> float:
+        """Share of zeros among all neurons on all tokens."""
         return 1 - self.density
 
     @property

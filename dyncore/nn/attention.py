@@ -67,6 +67,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, positions: Tensor | None = None, live: Tensor | None = None, context: Tensor | None = None
     ) -> Tensor:
+        """Tokens x [B, N, D] to [B, N, D]; the other arguments are those of the token protocol."""
         mask, is_causal = self._mask(x, positions, live, context)
         q = self._heads(self.q(x))
         k, v = (self._heads(t) for t in self.kv(x if context is None else context).chunk(2, dim=-1))
@@ -137,6 +138,7 @@ class TransformerBlock(nn.Module):
     def forward(
         self, x: Tensor, positions: Tensor | None = None, live: Tensor | None = None, context: Tensor | None = None
     ) -> Tensor:
+        """Tokens x [B, N, D] to [B, N, D]; the other arguments are those of the token protocol."""
         if context is not None:
             context = self.norm_attention(context)
         h = x + self.attention(self.norm_attention(x), positions, live, context)

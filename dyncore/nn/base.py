@@ -186,6 +186,7 @@ class DynamicLayer(nn.Module):
 
     @property
     def last_cost(self) -> Tensor | None:
+        """Executed cost of each row in the latest forward, None before it: see the class."""
         cost = self._cost
         if not isinstance(cost, tuple):
             return cost
@@ -199,8 +200,14 @@ class DynamicLayer(nn.Module):
     def last_cost(self, cost: Tensor | None) -> None:
         self._cost = cost
 
-    def _record(self, plan: Plan, cost: Callable[[], Tensor], **others: Tensor | None) -> None:
-        """Keeps what belongs to this forward. `cost` must depend on nothing that may change afterwards."""
+    def record(self, plan: Plan, cost: Callable[[], Tensor], **others: Tensor | None) -> None:
+        """Keep what belongs to this forward, for a layer's forward to call: nothing under torch.export.
+
+        Args:
+            plan: becomes `last_plan`.
+            cost: makes `last_cost`, when that is first wanted; it must depend on nothing that may change afterwards.
+            others: attributes to set, such as what `losses()` needs; their names belong into `_transient`.
+        """
         if torch.compiler.is_exporting():  # an exported graph has no layer to keep a record in
             return
         self.last_plan = plan

@@ -15,6 +15,8 @@ from dyncore import activations
 from dyncore.nn.base import expect_choice
 from dyncore.nn.mlp import ACTIVATIONS, MLP
 
+__all__ = ["ExpertWeights", "read_expert", "write_expert"]
+
 # (gate or only input, up or None, output), by the names in use: Mixtral, Llama and Qwen, GPT and OPT, this package
 _NAMES = (("w1", "w3", "w2"), ("gate_proj", "up_proj", "down_proj"), ("fc1", None, "fc2"), ("w_in", None, "w_out"))
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -33,6 +35,7 @@ class ExpertWeights(NamedTuple):
 
 
 def activation_name(act: object, name: str) -> str:
+    """The name of an activation: a module, a function or its name. ValueError, about `name`, on any other."""
     if isinstance(act, str) and act in ACTIVATIONS:
         return act
     kind = type(act).__name__.lower() if isinstance(act, nn.Module) else getattr(act, "__name__", "").lower()

@@ -24,6 +24,16 @@ from dyncore.nn.base import Decision, expect_choice, live_rows
 from dyncore.nn.full_precision import full_precision
 from dyncore.plan import select_topk
 
+__all__ = [
+    "Gate",
+    "GumbelGate",
+    "StraightThroughGate",
+    "ThresholdGate",
+    "TopKGate",
+    "pool_spatial",
+    "pool_tokens",
+]
+
 WEIGHTS = ("hard", "soft", "none")
 
 
@@ -50,6 +60,7 @@ class Capacity:
 
     @property
     def capacity(self) -> float | int:
+        """Rows of each sequence that are kept: a float is a ratio, an int a count. May be set."""
         value, parts = self._capacity
         return value / parts if parts else value
 
@@ -142,6 +153,7 @@ class ThresholdGate(Gate):
         self.register_buffer("threshold", torch.tensor(float(threshold)))
 
     def forward(self, x: Tensor) -> Decision:
+        """The decision on the rows of x [..., D]."""
         p = torch.sigmoid(self.logits(x))
         mask = p > self.threshold
         return Decision(mask, self._weigh(mask, p))
@@ -183,6 +195,7 @@ class GumbelGate(ThresholdGate):
         self.register_buffer("temperature", torch.tensor(float(temperature)))
 
     def forward(self, x: Tensor) -> Decision:
+        """The decision on the rows of x [..., D]."""
         logits = self.logits(x)
         if self.training:
             u = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
@@ -217,6 +230,7 @@ class TopKGate(Capacity, Gate):
         self.capacity = capacity
 
     def forward(self, x: Tensor) -> Decision:
+        """The decision on the rows of x [..., D]."""
         logits = self.logits(x)
         count = self.kept(logits.shape[-1])
         sequences = logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])

@@ -25,6 +25,7 @@ class MLP(nn.Module):
         self.w_out = nn.Linear(hidden_dim, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Rows x [..., H] to rows [..., H]."""
         return self.w_out(activations.hidden(self.w_in(x), self.activation))
 
     def extra_repr(self) -> str:

@@ -107,6 +107,7 @@ class MoE(DynamicLayer):
                 nn.init.uniform_(tensor, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Tokens x [..., H] to [..., H], in the dtype of x."""
         if not isinstance(x, Tensor):
             raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
         if x.dim() < 2 or x.shape[-1] != self.dim:
@@ -116,7 +117,7 @@ class MoE(DynamicLayer):
         if logits.shape != (rows.shape[0], self.num_experts):
             raise ValueError(f"router: expected logits [T, {self.num_experts}], got {list(logits.shape)}")
         plan = self._route(logits)
-        self._record(plan, functools.partial(_share, plan, x.shape[:-1]), _logits=logits)
+        self.record(plan, functools.partial(_share, plan, x.shape[:-1]), _logits=logits)
         residual = None if self.shared is None else self.shared(x)
         if not torch.compiler.is_compiling() and self._packed is not None:
             weights = (self.w_in, self.w_out, self._packed, self.b_in, self.b_out)

@@ -58,6 +58,7 @@ class Skip(DynamicLayer):
         self.returns = expect_choice("returns", returns, RETURNS)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x with its live rows changed by the module; the shape and dtype of x."""
         decision = decide(self.gate, x)
         mask, scale, _ = decision
         if mask.dim() == x.dim():
@@ -66,7 +67,7 @@ class Skip(DynamicLayer):
                 f"got {list(mask.shape)}"
             )
         plan = plan_of(decision)
-        self._record(plan, functools.partial(executed, plan, mask.shape, scale))
+        self.record(plan, functools.partial(executed, plan, mask.shape, scale))
         row_shape = x.shape[mask.dim() :]
         rows = x.reshape(mask.numel(), row_shape.numel())
         flat = mask.reshape(-1)

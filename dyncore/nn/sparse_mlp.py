@@ -40,6 +40,7 @@ class SparseLinear(nn.Linear):
         self._lay_out()
 
     def forward(self, h: Tensor) -> Tensor:
+        """h [..., I] to [..., N], skipping the zeros of h."""
         if isinstance(h, Tensor) and h.dim() == 1:  # one row without its dimension
             return self.forward(h[None])[0]
         return sparse_linear(h, self.weight, self.bias)
@@ -183,20 +184,24 @@ class SparseMLP(nn.Module):
 
     @property
     def activation(self) -> str:
+        """ "relu", "relu2" or "reglu"."""
         return self._parts.activation
 
     @property
     def dim(self) -> int:
+        """H."""
         return self._part(self._parts.last).out_features
 
     @property
     def hidden_dim(self) -> int:
+        """I."""
         return self._part(self._parts.last).in_features
 
     def _part(self, name: str | None) -> Any:
         return None if name is None else self._modules[name]
 
     def forward(self, x: Tensor) -> Tensor:
+        """Rows x [..., H] to rows [..., H]."""
         first, up, last, dropout, out_dropout, activation = self._parts
         get = self._modules.get  # of None, a part that there is not, None
         y = feed_forward(x, get(first), get(up), get(last), get(dropout), activation, self.save)  # type: ignore[arg-type]

@@ -74,7 +74,7 @@ class _TokenLayer(DynamicLayer):
     def _by_decision(self, x: Tensor, decision: Decision) -> Tensor:
         mask, scale, count = decision
         plan = plan_of(decision)
-        self._record(plan, functools.partial(executed, plan, mask.shape, scale))
+        self.record(plan, functools.partial(executed, plan, mask.shape, scale))
         if count is not None:
             return self._run(x, mask, scale, plan, count, even=True)
         if not plan.exact or not mask.numel():  # nobody has counted: the static bound is every token
@@ -156,6 +156,7 @@ class TokenSkip(_TokenLayer):
                 )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Sequences x [B, S, D] with the selected tokens through the block, the others as they are."""
         _expect_sequences(x)
         decision = decide(self.gate, x)
         if decision.mask.dim() != 2:
@@ -222,6 +223,7 @@ class MixtureOfDepths(Capacity, Movable, _TokenLayer):
         self.register_buffer("threshold", torch.tensor(0.5))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Sequences x [B, S, D] with the chosen tokens through the block, the others as they are."""
         _expect_sequences(x)
         scores = full_precision(self.router, x).squeeze(-1)
         scale = ROUTER_WEIGHTS[self.weight](scores)
@@ -236,7 +238,7 @@ class MixtureOfDepths(Capacity, Movable, _TokenLayer):
             logits = scores if self.inference == "threshold" else self._predict(x.detach())
             auxiliary = F.binary_cross_entropy_with_logits(logits, mask.to(logits.dtype))
         cost = functools.partial(executed, plan, mask.shape, dtype=scores.dtype)
-        self._record(plan, cost, _auxiliary=auxiliary)
+        self.record(plan, cost, _auxiliary=auxiliary)
         return self._run(x, mask, scale, plan, count, even=True)
 
     def _predict(self, x: Tensor) -> Tensor:
