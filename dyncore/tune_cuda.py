@@ -35,6 +35,8 @@ _DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 # Tilings add in other orders: how far results may lie apart, as a share of the larger of a result and the RMS of all
 _TOLERANCE = {"half": 5e-2, "tf32": 1e-2, "ieee": 1e-4}
 
+_SPILLS = "spills registers"
+
 Variants = Mapping[str, Callable[..., Any]]
 Timer = Callable[[Variants, Sequence[tuple[Tensor, ...]], float], Mapping[str, Timing]]
 
@@ -166,13 +168,16 @@ def _trial(run: Callable[[], list[Tensor]], right: list[Tensor] | None, toleranc
     if right is None:
         return got, None
     if _spilled() > spilled:
-        return got, "spills registers"
+        return got, _SPILLS
     error = max(_error(a, b) for a, b in zip(got, right, strict=True))
     return got, None if error <= tolerance else f"wrong values: error {error:.1e}"
 
 
-def measure_cell(key: Key, effort: Effort, target: Target, device: torch.device, timer: Timer) -> dict[str, Any]:
-    """A cell of the table: TFLOP/s of each candidate, or why it has none, and the one to take."""
+def measure_cell(
+    key: Key, effort: Effort, target: Target, device: torch.device, timer: Timer, spilling: set[tuple]
+) -> dict[str, Any]:
+    """A cell of the table: TFLOP/s of each candidate, or why it has none, and the one to take. `spilling` grows by what
+    spills: a kernel that an earlier cell has compiled shows nothing new."""
     from dyncore.kernels.common.candidates import candidates
 
     made = problem(key, effort, device)
@@ -185,16 +190,21 @@ def measure_cell(key: Key, effort: Effort, target: Target, device: torch.device,
 
     ways: dict[str, Callable[..., list[Tensor]]] = {}
     left_out: dict[str, str] = {}
-    right = None
+    got = right = None
     for name, config in configs.items():
         run = way(config)
         got, why = _trial(lambda run=run: run(*made.tensors), right, _TOLERANCE[key.arithmetic])
         right = got if right is None else right
+        compiled = (key.kernel, key.arithmetic, config)
+        if why == _SPILLS:
+            spilling.add(compiled)
+        elif why is None and compiled in spilling:
+            why = _SPILLS
         if why is None:
             ways[name] = run
         else:
             left_out[name] = why
-    del right
+    del got, right
     timings = timer(ways, cold_copies(made.tensors, cache_bytes=_cache(device)), effort.seconds) if ways else {}
     rates = {name: made.flops / timing.median / 1e12 for name, timing in timings.items()}
     found = {name: left_out.get(name) or float(f"{rates[name]:.4g}") for name in configs}
@@ -307,9 +317,10 @@ def measure(
     print("TFLOP/s of tilings: rows x columns x depth of a step / warps / steps in flight / programs a multiprocessor;")
     print("of each bucket the built-in one first\n")
     torch.manual_seed(0)
+    spilling: set[tuple] = set()
     for key in cells(effort):
         try:
-            cell = measure_cell(key, effort, target(key.arithmetic), device, timer)
+            cell = measure_cell(key, effort, target(key.arithmetic), device, timer, spilling)
         except torch.OutOfMemoryError:
             print(f"{key}: not enough memory on this device: the built-in tiling stays", file=sys.stderr)
             continue

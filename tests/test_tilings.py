@@ -220,11 +220,26 @@ def test_tune_prints_and_writes_what_is_read_then(device, file, capsys):
     assert f"Written to {file}" in out
 
 
-def test_a_tiling_that_spills_is_left_out(device, file):
-    some = tune_cuda.dataclasses.replace(ONE, rows={17: (2, 64)})
+def test_a_tiling_that_spills_is_left_out_wherever_it_was_compiled(device, file, monkeypatch):
+    """Three depths share a kernel, which is compiled for the first."""
+    compiled = set()
+
+    def problem(key, effort, device):
+        made, before = made_up(key, effort, device), spills[0]
+
+        def call(target, x):
+            result = made.call(target, x)
+            spills[0] = before + (spills[0] > before and (key.kernel, target.tuned[key]) not in compiled)
+            compiled.add((key.kernel, target.tuned[key]))
+            return result
+
+        return tune_cuda.dataclasses.replace(made, call=call)
+
+    monkeypatch.setattr(tune_cuda, "problem", problem)
+    some = tune_cuda.dataclasses.replace(ONE, rows={17: (2, 64)}, depths={1: 256, 513: 1024, 1536: 2048})
     assert measure(some, timer(1.0)) == 0
     cells = json.loads(file.read_text())["cells"]
-    assert [list(c["tflops"].values())[4] for c in cells if c["kernel"] == "product"] == ["spills registers"]
+    assert [list(c["tflops"].values())[4] for c in cells if c["kernel"] == "product"] == ["spills registers"] * 3
 
 
 @pytest.mark.parametrize(("seconds", "nth"), [(1.0, 0), (0.99, 0), (0.981, 0), (0.98, 1), (0.5, 1), (2.0, 0)])
