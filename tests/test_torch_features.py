@@ -136,6 +136,17 @@ def test_vmap_computes_one_sample_after_the_other(function):
     torch.testing.assert_close(got, torch.stack([gradient(square(function), a) for a in x]))
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_one_compiled_graph_serves_every_mask(function, dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for first in (True, False, False):
+        x = torch.randn(5, 4)
+        with torch._dynamo.config.patch(error_on_recompile=not first):
+            torch.testing.assert_close(gradient(square(compiled), x), gradient(square(function), x))
+            torch.testing.assert_close(compiled(x), function(x))
+
+
 def test_a_layer_as_a_function_of_its_parameters():
     layer, x = dc.nn.MoE(4, 8, 3), torch.randn(5, 4)
     loss = layer(x).square().sum()
