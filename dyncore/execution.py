@@ -13,7 +13,8 @@ MODES = ("sparse", "masked", "auto")
 
 
 class _State(threading.local):
-    mode = "auto"
+    def __init__(self) -> None:  # in each thread; Dynamo of torch 2.11 would always read a default of the class
+        self.mode = "auto"
 
 
 _state = _State()

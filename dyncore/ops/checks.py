@@ -14,6 +14,8 @@ from dyncore.plan import Plan
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ALL = (*ELEMENTWISE, *GATED)
+# asked once, for Dynamo of torch 2.11 cannot
+_AUTOCAST = tuple(t for t in ("cpu", "cuda", "hpu", "mps", "mtia", "xpu") if torch.amp.is_autocast_available(t))
 any_autocast = torch._C._is_any_autocast_enabled  # one question for all devices, before that for x's
 
 
@@ -114,7 +116,7 @@ def autocast_on(x: Tensor) -> bool:
     """Whether autocast is on for x's device (the meta device has none)."""
     if not (torch.compiler.is_compiling() or any_autocast()):
         return False
-    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    return x.device.type in _AUTOCAST and torch.is_autocast_enabled(x.device.type)
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -24,7 +24,8 @@ def compute_masked(plan: Plan, op: str, *weights: Tensor) -> bool:
         return name == "masked"
     rows = plan.rows
     device = "cpu" if rows.is_cpu else rows.device.type  # the latter takes 0.3 us
-    return rows.shape[0] >= masked_from(device, op, plan.num_rows, weights) * (plan.num_rows * plan.num_groups)
+    share = masked_from(device, op, plan.num_rows, weights)
+    return share != NEVER and rows.shape[0] >= share * (plan.num_rows * plan.num_groups)
 
 
 def dense_from(op: str, x: Tensor, *weights: Tensor) -> float | None:
