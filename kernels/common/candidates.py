@@ -127,6 +127,7 @@ _SPILLS = {
     (100, "product_gated", Config(128, 128, 64, 8, 4, 1)),
     (100, "product_gated", Config(256, 128, 64, 8, 4, 1)),
     (100, "product_gated", Config(256, 128, 32, 8, 4, 1)),
+    (100, "product_gated", Config(64, 256, 32, 4, 4, 1)),
     (100, "product_transposed", Config(64, 256, 64, 8, 4, 1)),
     (100, "product_backward", Config(128, 128, 32, 8, 3, 1)),
     (100, "weight_gradient", Config(128, 128, 32, 4, 3, 2)),
