@@ -222,11 +222,11 @@ def masked_from(device: str, op: str, rows: int, weights: Sequence[Tensor]) -> f
 
     On a CPU never, unless the table says so: with every row selected the fused kernels run at 0.97 to 1.14 times the
     speed of a plain dense layer (benchmarks/results/quick, keep ratio 1), which masked execution, with its selections
-    on top, does not reach. While torch.compile traces, the table is not asked. Elsewhere most ops have no kernel
-    yet: at 1, where there is nothing to skip.
+    on top, does not reach. While torch.compile traces, the table is not asked. On a CUDA device never: its kernels
+    read no rows but those of slots. Elsewhere there are no kernels: at 1, where there is nothing to skip.
     """
     if device != "cpu":
-        return 1.0
+        return NEVER if device == "cuda" else 1.0
     if torch.compiler.is_compiling() or _idle:  # in this order: a graph must not depend on what was read since
         return NEVER
     grid = current().masked.get((op, weights[0].dtype))

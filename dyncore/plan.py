@@ -42,6 +42,7 @@ class Plan:
         row_offsets: int32 [T+1], row_slots: int32 [A]: the inverse map. Row t owns the slots
             row_slots[row_offsets[t]:row_offsets[t+1]], ascending.
         exact: True where the host knows that there is no padding, so that A is the live count.
+        full: True where the host knows that slot a is row a, for every row: one group, and nothing to be moved.
     """
 
     rows: Tensor
@@ -51,6 +52,7 @@ class Plan:
     row_offsets: Tensor
     row_slots: Tensor
     exact: bool = False
+    full: bool = False
 
     @classmethod
     def from_slots(cls, rows: Tensor, offsets: Tensor, *, num_rows: int, scale: Tensor | None = None) -> Plan:
@@ -134,22 +136,25 @@ def _exact_plan(
     fields["row_offsets"] = row_offsets
     fields["row_slots"] = row_slots
     fields["exact"] = True
+    fields["full"] = False
     return plan
 
 
-def _flatten(plan: Plan) -> tuple[list[Any], tuple[int, bool]]:
-    return [plan.rows, plan.offsets, plan.scale, plan.row_offsets, plan.row_slots], (plan.num_rows, plan.exact)
+def _flatten(plan: Plan) -> tuple[list[Any], tuple[int, bool, bool]]:
+    tensors = [plan.rows, plan.offsets, plan.scale, plan.row_offsets, plan.row_slots]
+    return tensors, (plan.num_rows, plan.exact, plan.full)
 
 
-def _flatten_with_keys(plan: Plan) -> tuple[list[tuple[Any, Any]], tuple[int, bool]]:
+def _flatten_with_keys(plan: Plan) -> tuple[list[tuple[Any, Any]], tuple[int, bool, bool]]:
     names = ("rows", "offsets", "scale", "row_offsets", "row_slots")
     leaves, context = _flatten(plan)
     return [(pytree.GetAttrKey(n), leaf) for n, leaf in zip(names, leaves, strict=True)], context
 
 
-def _unflatten(leaves: Any, context: tuple[int, bool]) -> Plan:
+def _unflatten(leaves: Any, context: tuple[int, bool, bool]) -> Plan:
     rows, offsets, scale, row_offsets, row_slots = leaves
-    return Plan(rows, offsets, scale, context[0], row_offsets, row_slots, context[1])
+    num_rows, exact, full = context
+    return Plan(rows, offsets, scale, num_rows, row_offsets, row_slots, exact, full)
 
 
 pytree.register_pytree_node(
@@ -265,7 +270,8 @@ def select_topk(scores: Tensor, k: int, scale: Tensor | None = None) -> Plan:
     _expect_scale("scale", scale, scores.shape, scores.device)
     _expect_rows("scores", scores.numel())
     rows, offsets, row_offsets, row_slots = _plan_topk(scores.detach(), k)
-    return Plan(rows, offsets, _at_slots(scale, rows), batch * seq, row_offsets, row_slots, True)
+    full = not torch.compiler.is_compiling() and k == seq  # a graph must not depend on it
+    return Plan(rows, offsets, _at_slots(scale, rows), batch * seq, row_offsets, row_slots, True, full)
 
 
 def route(expert: Tensor, weight: Tensor | None = None, *, num_groups: int) -> Plan:
@@ -344,7 +350,8 @@ def route_topk(logits: Tensor, k: int, *, normalize: bool = False) -> Plan:
         rows, offsets, row_offsets, row_slots, scale = apply(_RouteTopk, logits, k, normalize)
     else:
         rows, offsets, row_offsets, row_slots, _, scale, _ = _plan_route_topk(logits, k, normalize)
-    return Plan(rows, offsets, scale, num_rows, row_offsets, row_slots, True)
+    full = not torch.compiler.is_compiling() and num_groups == 1
+    return Plan(rows, offsets, scale, num_rows, row_offsets, row_slots, True, full)
 
 
 def route_mask(mask: Tensor, weight: Tensor | None = None, *, max_slots: int | None = None) -> Plan:

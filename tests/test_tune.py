@@ -101,7 +101,8 @@ def test_auto_computes_everything_from_the_density_that_the_table_says(folder):
         assert flops(lambda: dc.grouped_linear(x, w, plan=many)) == 10 * product
     torch.testing.assert_close(dc.grouped_linear(x, w, plan=many), sparse)
     assert masked_from("cpu", "grouped_linear", 320, [w]) == NEVER
-    assert masked_from("cuda", "grouped_linear", 20, [w]) == 1.0
+    assert masked_from("cuda", "grouped_linear", 20, [w]) == NEVER
+    assert masked_from("mps", "grouped_linear", 20, [w]) == 1.0
 
 
 def test_a_compiled_function_does_not_ask_the_table(folder):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dyncore import activations
+from dyncore.backends import one_group
 from dyncore.ops.autograd import first_derivative_only, wants_grad
 from dyncore.ops.checks import (
     autocast,
@@ -18,6 +21,7 @@ from dyncore.ops.checks import (
     expect_slots,
     expect_tensor,
 )
+from dyncore.ops.executors import by_cublas
 from dyncore.ops.flops import live_slots
 from dyncore.ops.masked import compute_masked, only, selection, weighted
 from dyncore.ops.scatter_rows import scatter_rows
@@ -42,9 +46,12 @@ def _backward_flops(grad, x, weight, bias, pre, rows, offsets, *args, out_val=No
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, scale, rows, offsets, row_offsets, row_slots, activation, gather, scatter):
+    def forward(
+        ctx, x, weight, bias, scale, rows, offsets, row_offsets, row_slots, activation, gather, scatter, cublas, full
+    ):
         plan = (rows, offsets, scale, row_offsets, row_slots)
-        out, pre = _forward(x, weight, bias, *plan, activation, gather, scatter, True)
+        forward = functools.partial(one_group.grouped_linear, full=full) if cublas else _forward
+        out, pre = forward(x, weight, bias, *plan, activation, gather, scatter, True)
         ctx.save_for_backward(x, weight, bias, pre, *plan)
         ctx.form = (activation, gather, scatter)
         return out
@@ -55,7 +62,7 @@ class _GroupedLinear(torch.autograd.Function):
         x, weight, bias, pre, *plan = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:4])
         grads = _backward(grad, x, weight, bias, pre, *plan, *ctx.form, needs)
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 7
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 9
 
 
 def _masked(x, weight, bias, plan: Plan, activation: str, gather: bool, scatter: bool) -> Tensor:
@@ -114,12 +121,15 @@ def grouped_linear(
     if activation is not None:
         expect_activation(activation, gated=False)
     name = activation or "none"
-    if compute_masked(plan, "grouped_linear", weight):
+    cublas = by_cublas(plan, x, weight)
+    if not cublas and compute_masked(plan, "grouped_linear", weight):
         out = _masked(x, weight, bias, plan, name, gather, scatter)
     elif wants_grad(x, weight, bias, plan.scale if scatter else None):
         tensors = (plan.rows, plan.offsets, plan.row_offsets, plan.row_slots)
-        out = apply(_GroupedLinear, x, weight, bias, plan.scale if scatter else None, *tensors, name, gather, scatter)
+        form = (name, gather, scatter, cublas, plan.full)
+        out = apply(_GroupedLinear, x, weight, bias, plan.scale if scatter else None, *tensors, *form)
     else:
         tensors = (plan.rows, plan.offsets, plan.scale, plan.row_offsets, plan.row_slots)
-        out = _forward(x, weight, bias, *tensors, name, gather, scatter, False)[0]
+        forward = functools.partial(one_group.grouped_linear, full=plan.full) if cublas else _forward
+        out = forward(x, weight, bias, *tensors, name, gather, scatter, False)[0]
     return out.view(*leading, out.shape[1]) if gather and scatter and len(leading) > 1 else out

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dyncore import activations
-from dyncore.backends import cpu
+from dyncore.backends import cpu, one_group
 from dyncore.ops.autograd import first_derivative_only, wants_grad
 from dyncore.ops.checks import (
     any_autocast,
@@ -20,6 +22,7 @@ from dyncore.ops.checks import (
     expect_shape,
     expect_tensor,
 )
+from dyncore.ops.executors import by_cublas
 from dyncore.ops.flops import live_slots
 from dyncore.ops.masked import compute_masked, only, selection, weighted
 from dyncore.plan import Plan
@@ -44,9 +47,11 @@ def _backward_flops(grad, x, w_in, w_out, b_in, b_out, pre, rows, offsets, *args
 
 class _GroupedMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w_in, w_out, b_in, b_out, scale, residual, rows, offsets, row_offsets, row_slots, activation):
+    def forward(ctx, x, w_in, w_out, b_in, b_out, scale, residual, rows, offsets, row_offsets, row_slots, *form):
+        activation, cublas, full = form
         plan = (rows, offsets, scale, row_offsets, row_slots)
-        out, pre = _forward(x, w_in, w_out, b_in, b_out, residual, *plan, activation, True)
+        forward = functools.partial(one_group.grouped_mlp, full=full) if cublas else _forward
+        out, pre = forward(x, w_in, w_out, b_in, b_out, residual, *plan, activation, True)
         ctx.save_for_backward(x, w_in, w_out, b_in, b_out, pre, *plan)
         ctx.activation = activation
         return out
@@ -58,12 +63,12 @@ class _GroupedMLP(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[:6])
         dresidual = grad if ctx.needs_input_grad[6] else None
         if not any(needs):
-            return *(None,) * 6, dresidual, *(None,) * 5
+            return *(None,) * 6, dresidual, *(None,) * 7
         grads = _backward(grad, x, w_in, w_out, b_in, b_out, pre, *plan, ctx.activation, needs)
         return (
             *(g if need else None for g, need in zip(grads, needs, strict=True)),
             dresidual,
-            *(None,) * 5,
+            *(None,) * 7,
         )
 
 
@@ -158,12 +163,15 @@ def grouped_mlp(
         residual = None if residual is None else residual.reshape(plan.num_rows, shape[-1])
     if residual is x and torch.compiler.is_compiling():  # Dynamo refuses one tensor as two inputs of a Function
         residual = x.view_as(x)
-    if compute_masked(plan, "grouped_mlp", w_in, w_out):
+    cublas = by_cublas(plan, x, w_in, w_out)
+    if not cublas and compute_masked(plan, "grouped_mlp", w_in, w_out):
         out = _masked(x, w_in, w_out, b_in, b_out, residual, plan, activation)
     elif wants_grad(x, w_in, w_out, b_in, b_out, residual, plan.scale):
         tensors = (plan.rows, plan.offsets, plan.row_offsets, plan.row_slots)
-        out = apply(_GroupedMLP, x, w_in, w_out, b_in, b_out, plan.scale, residual, *tensors, activation)
+        form = (activation, cublas, plan.full)
+        out = apply(_GroupedMLP, x, w_in, w_out, b_in, b_out, plan.scale, residual, *tensors, *form)
     else:
         tensors = (plan.rows, plan.offsets, plan.scale, plan.row_offsets, plan.row_slots)
-        out = _forward(x, w_in, w_out, b_in, b_out, residual, *tensors, activation, False)[0]
+        forward = functools.partial(one_group.grouped_mlp, full=plan.full) if cublas else _forward
+        out = forward(x, w_in, w_out, b_in, b_out, residual, *tensors, activation, False)[0]
     return out if len(shape) == 2 else out.view(shape)

@@ -8,6 +8,8 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs under TRITON_INTERPRET=1, in a process of its own", allow_module_level=True)
 
+from triton.runtime import interpreter
+
 import dyncore as dc
 from dyncore.backends import reference
 from dyncore.backends import triton as backend
@@ -115,3 +117,16 @@ def test_a_row_outside_the_input_is_an_index_error():
     rows[4] = 19
     with pytest.raises(IndexError, match=r"plan\.rows: expected rows in \[0, 19\)"):
         backend.grouped_mlp(*problem(plan, "swiglu"), rows, *tensors(plan)[1:], "swiglu", False)
+
+
+def test_a_forward_takes_three_kernels(monkeypatch):
+    launched = []
+    launch = interpreter.GridExecutor.__call__
+    monkeypatch.setattr(
+        interpreter.GridExecutor,
+        "__call__",
+        lambda self, *args, **kwargs: launched.append(1) or launch(self, *args, **kwargs),
+    )
+    plan = make_plan("routed", 60, 4, torch.float32)
+    backend.grouped_mlp(*problem(plan, "swiglu"), *tensors(plan), "swiglu", True)
+    assert len(launched) == 3

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dyncore as dc
 from dyncore.nn import full_precision
 
-# at most; tests/kernels and csrc/tests hold the kernels to these
+# at most, but for what splits few rows of one narrow group; tests/kernels and csrc/tests hold the kernels to these
 OWN = {
     "plan_mask": 2,
     "plan_mask_sources": 2,
