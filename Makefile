@@ -16,7 +16,7 @@ TEST_PARTS := test-rest test-ops test-nn test-backends test-aot test-interpret
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -q
 AT_ONCE := $(MAKE) --no-print-directory -j $(JOBS) $(if $(filter output-sync,$(.FEATURES)),--output-sync)
 
-.PHONY: bench test $(TEST_PARTS) sanitize lint format benchmark gpu wheel wheel-check clean
+.PHONY: bench test $(TEST_PARTS) sanitize lint format docs benchmark gpu wheel wheel-check clean
 
 bench: $(VENV)/.ready
 	$(BIN)/dyncore bench --quick
@@ -62,6 +62,10 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')
+
+# The API reference, from the docstrings.
+docs: $(VENV)/.ready
+	$(BIN)/python docs/api_reference.py build/docs
 
 # On a machine with a GPU, in the Python that is there (PYTHON), with nothing downloaded; under nine minutes.
 gpu:

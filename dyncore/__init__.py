@@ -1,4 +1,15 @@
-"""dyncore: conditional computation that pays. Plans, ops, layers and the instruments that measure them."""
+"""dyncore: conditional computation that pays. Plans, ops, layers and the instruments that measure them.
+
+A `Plan` lists what is to be computed: slots, pairs (row, group). `select`, `select_topk`, `route`, `route_topk` and
+`route_mask` make one; `gather_rows`, `scatter_rows`, `grouped_linear` and `grouped_mlp` take one. `sparse_linear` and
+`sparse_mlp` find the zeros of a ReLU themselves. `execution` says whether they skip.
+
+- `dyncore.nn`: dynamic layers, gates and losses
+- `dyncore.convert`: models made to skip, in place
+- `dyncore.integrations.transformers`: the experts of Hugging Face models
+- `dyncore.measure`: executed FLOPs, time, savings, activation sparsity
+- `dyncore.masks`: activation masks, drawn and recorded
+"""
 
 import importlib
 from typing import TYPE_CHECKING

@@ -1,0 +1,32 @@
+"""The API reference as HTML, made by pdoc from the docstrings of everything public: `make docs`."""
+
+import sys
+import warnings
+from pathlib import Path
+
+import pdoc
+from torch import nn
+
+# What a package shows of these modules stands on its own page.
+INSIDE = r"!dyncore\.(execution|(ops|measure|convert)\..*)"
+
+
+def build(folder: Path) -> None:
+    """A page for each public module. Warnings are errors: a module that is not read, an annotation not understood."""
+    inherited = {method: method.__doc__ for method in (nn.Module.__init__, nn.Module.extra_repr)}
+    for method in inherited:  # or every layer repeats them
+        method.__doc__ = None
+    pdoc.render.configure(docformat="google")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", "Error parsing type annotation ForwardRef")  # of a NamedTuple's __new__
+            pdoc.pdoc("dyncore", "dyncore.integrations.transformers", INSIDE, output_directory=folder)
+    finally:
+        for method, doc in inherited.items():
+            method.__doc__ = doc
+
+
+if __name__ == "__main__":
+    build(Path(sys.argv[1]))
+    print(f"{sys.argv[1]}/index.html")
