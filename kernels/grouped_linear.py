@@ -29,8 +29,8 @@ def grouped_linear(
     *,
     target: Target,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, pre) as the op's backends return them, the padding of pre unwritten; x, weight and bias of one dtype:
-    float32, bfloat16 or float16."""
+    """(out, pre) as the op's backends return them, their padding zeros; x, weight and bias of one dtype: float32,
+    bfloat16 or float16."""
     num_slots, num_rows, n = rows.shape[0], row_offsets.shape[0] - 1, weight.shape[1]
     save = save and activation != "none"
     y = slot_buffer(x, num_slots, n) if scatter else x.new_empty(num_slots, n)

@@ -35,8 +35,8 @@ def grouped_mlp(
     *,
     target: Target,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, pre) as the op's backends return them, the padding of pre unwritten; all of one dtype: float32, bfloat16 or
-    float16. The hidden activation is rounded to it."""
+    """(out, pre) as the op's backends return them; all of one dtype: float32, bfloat16 or float16, which the hidden
+    activation is rounded to. The padding of pre is zeros: hooks that pack what is saved may look at all of it."""
     num_slots, inner = rows.shape[0], w_out.shape[2]
     pre = x.new_empty(num_slots, w_in.shape[1]) if save else x.new_empty(0)
     hidden = x.new_empty(num_slots, inner)

@@ -129,6 +129,8 @@ def product_kernel(
             )  # fmt: skip
     if ZERO_PADDING:
         clear_padding(out, offsets, num_slots, num_groups, N, BM, WIDTH)
+    if SAVE_PRE:
+        clear_padding(pre, offsets, num_slots, num_groups, 2 * N if GATED else N, BM, WIDTH)
 
 
 # ---------------------------------------------------------------- launcher
@@ -160,7 +162,7 @@ def product(
     zero_padding: bool = False,
     target: Target,
 ) -> None:
-    """Writes the live slots of out [A, N], and of pre where given: x is [T, K] where rows are given, else [A, K].
+    """Writes the live slots of out [A, N], and all of pre where given: x is [T, K] where rows are given, else [A, K].
 
     gated: `activation` is that of the gate; weight is [G, 2N, K], gate half first. x, weight and bias are of one dtype.
     The launch depends on shapes alone; nothing here waits for the device."""

@@ -124,6 +124,8 @@ def finish_pieces_kernel(
             )  # fmt: skip
     if ZERO_PADDING:
         clear_padding(out, offsets, num_slots, num_groups, N, BM, BN)
+    if SAVE_PRE:
+        clear_padding(pre, offsets, num_slots, num_groups, N * ROW, BM, BN)
 
 
 def finish_pieces(
@@ -138,7 +140,7 @@ def finish_pieces(
     zero_padding: bool,
     target: Target,
 ) -> None:
-    """Writes the live slots of out [A, N], and of pre where given, from pieces [., A, N], gated [., A, 2N]."""
+    """Writes the live slots of out [A, N], and all of pre where given, from pieces [., A, N], gated [., A, 2N]."""
     (num_slots, n), num_groups = out.shape, offsets.shape[0] - 1
     tiles = num_tiles(num_slots, num_groups, BM) * triton.cdiv(n, BN)
     finish_pieces_kernel[(min(target.processors * RESIDENT, tiles),)](

@@ -183,3 +183,22 @@ def test_a_hidden_layer_of_more_than_2_to_the_31_elements():
     want = dc.grouped_mlp(tail, w_in.double(), w_out.double(), plan=plan, activation="swiglu")
     assert_values(out[-80:].cpu(), want)
     assert_gradients(dx[-80:].cpu(), torch.autograd.grad(want.sum(), [tail])[0], torch.bfloat16)
+
+
+@pytest.mark.parametrize("keep", [1500, 2000], ids=["some", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_wide_group_of_known_size_equals_the_kernels(dtype, keep):
+    x, scores = torch.randn(2000, 2048, device=DEVICE).to(dtype), torch.randn(1, 2000, device=DEVICE)
+    w_in, w_out = (torch.randn(1, 2048, 2048, device=DEVICE).mul_(2048**-0.5).to(dtype) for _ in range(2))
+    leaves = [t.requires_grad_() for t in (x, w_in, w_out)]
+
+    def run(mode):
+        with dc.execution(mode):
+            out = dc.grouped_mlp(*leaves, plan=dc.select_topk(scores, keep))
+        return out, *torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    run("auto")  # compiles
+    with no_waiting():
+        got = run("auto")
+    for name, g, w in zip(("out", *NAMES), got, run("sparse"), strict=False):
+        assert_gradients(g, w, dtype, name)

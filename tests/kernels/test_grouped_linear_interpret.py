@@ -51,6 +51,7 @@ def check(x, weight, bias, plan, activation="none", gather=True, scatter=True):
     live = int(plan.offsets[-1])
     assert pre.shape == want_pre.shape
     assert_values(pre[:live], want_pre[:live], what="pre")
+    assert not pre[live:].any()
     assert not scatter or (out[plan.row_offsets.diff() == 0] == 0).all()
     assert scatter or (out[live:] == 0).all()
 

@@ -46,6 +46,7 @@ def check(p, plan, activation) -> None:
     assert pre.shape == want_pre.shape
     live = int(plan.offsets[-1])
     assert_values(pre[:live], want_pre[:live], what="pre")
+    assert not pre[live:].any()
     idle = plan.row_offsets.diff() == 0
     assert torch.equal(out[idle], torch.zeros_like(out[idle]) if p[5] is None else p[5][idle])
 
