@@ -13,9 +13,11 @@ INSIDE = r"!dyncore\.(execution|(ops|measure|convert)\..*)"
 
 def build(folder: Path) -> None:
     """A page for each public module. Warnings are errors: a module that is not read, an annotation not understood."""
-    inherited = {method: method.__doc__ for method in (nn.Module.__init__, nn.Module.extra_repr)}
-    for method in inherited:  # or every layer repeats them
-        method.__doc__ = None
+    # what torch says of these would stand in every layer; pdoc leaves out what is marked private
+    inherited = {nn.Module.__init__: "<!-- the class has it -->", nn.Module.extra_repr: "@private"}
+    before = {method: method.__doc__ for method in inherited}
+    for method, doc in inherited.items():
+        method.__doc__ = doc
     pdoc.render.configure(docformat="google")
     try:
         with warnings.catch_warnings():
@@ -23,7 +25,7 @@ def build(folder: Path) -> None:
             warnings.filterwarnings("ignore", "Error parsing type annotation ForwardRef")  # of a NamedTuple's __new__
             pdoc.pdoc("dyncore", "dyncore.integrations.transformers", INSIDE, output_directory=folder)
     finally:
-        for method, doc in inherited.items():
+        for method, doc in before.items():
             method.__doc__ = doc
 
 
