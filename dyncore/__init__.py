@@ -12,6 +12,7 @@ A `Plan` lists what is to be computed: slots, pairs (row, group). `select`, `sel
 """
 
 import importlib
+from types import ModuleType as _ModuleType
 from typing import TYPE_CHECKING
 
 import torch as _torch  # noqa: F401  # first, so that the C++ kernels share its OpenMP runtime
@@ -49,7 +50,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> _ModuleType:
     if name in ("convert", "masks", "measure", "nn"):  # loaded at first use: import dyncore stays light
         return importlib.import_module(f"dyncore.{name}")
     raise AttributeError(f"module 'dyncore' has no attribute {name!r}")

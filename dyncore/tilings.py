@@ -53,7 +53,7 @@ def parse(document: Mapping[str, Any]) -> dict[Key, Config]:
 
     major, minor = document["machine"]["capability"].split(".")
     target = Target(architecture((int(major), int(minor))), 1, False)
-    table = {}
+    table: dict[Key, Config] = {}
     for cell in document["cells"]:
         key, config = Key(*(cell[name] for name in Key._fields)), Config(*cell["config"])
         buckets = zip(key, (KERNELS, ARITHMETICS, ROWS, DEPTHS), strict=True)

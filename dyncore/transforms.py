@@ -20,10 +20,17 @@ class _Context:
 
     def run(self, function: type[torch.autograd.Function], inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """The outputs of function's forward, then whatever else it saved."""
-        saved, constant = [], []
-        self.save_for_backward = lambda *tensors: saved.extend(tensors)
-        self.mark_non_differentiable = lambda *tensors: constant.extend(tensors)
-        result = function.forward(self, *inputs)
+        saved: list[Tensor | None] = []
+        constant: list[Tensor] = []
+
+        def save_for_backward(*tensors: Tensor | None) -> None:
+            saved.extend(tensors)
+
+        def mark_non_differentiable(*tensors: Tensor) -> None:
+            constant.extend(tensors)
+
+        self.save_for_backward, self.mark_non_differentiable = save_for_backward, mark_non_differentiable
+        result: Tensor | tuple[Tensor, ...] = function.forward(self, *inputs)
         del self.save_for_backward, self.mark_non_differentiable
         outputs = [result] if isinstance(result, Tensor) else list(result)
         self.num_outputs = len(outputs)
@@ -45,21 +52,21 @@ def _transformable(function: type[torch.autograd.Function]) -> type[torch.autogr
         generate_vmap_rule = True
 
         @staticmethod
-        def forward(*args):
+        def forward(*args: Any) -> tuple[Tensor, ...]:
             return args[-1].run(function, args[:-1])
 
         @staticmethod
-        def setup_context(ctx, inputs, output):
-            *inputs, context = inputs
-            tensors = (*inputs, *output)
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            context: _Context = inputs[-1]
+            tensors = (*inputs[:-1], *output)
             vars(ctx).update(vars(context))
             ctx.save_for_backward(*(None if i is None else tensors[i] for i in context.saved))
             ctx.mark_non_differentiable(*(output[i] for i in context.constant))
 
         @staticmethod
-        def backward(ctx, *grads):
-            grads = function.backward(ctx, *grads[: ctx.num_outputs])
-            return *(grads if isinstance(grads, tuple) else (grads,)), None
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+            results: Tensor | tuple[Tensor | None, ...] = function.backward(ctx, *grads[: ctx.num_outputs])
+            return *(results if isinstance(results, tuple) else (results,)), None
 
     return Transformable
 

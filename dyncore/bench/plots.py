@@ -166,7 +166,7 @@ def _relu_lines(axes: Axes, records: _Records, theme: str) -> None:
     for kind, (line, marker) in _STYLES.items():
         of = sorted((r for r in records if r["input"] == kind), key=lambda r: r["keep_ratio"])
         keep, speedups = [r["keep_ratio"] for r in of], [r["wall_clock_speedup"] for r in of]
-        form = {"linestyle": line, "marker": marker, "color": COLOURS["dyncore"], "zorder": 3}
+        form: dict[str, Any] = {"linestyle": line, "marker": marker, "color": COLOURS["dyncore"], "zorder": 3}
         axes.plot(keep, speedups, label=f"dyncore, {kind} mask", **form) if of else None
 
 

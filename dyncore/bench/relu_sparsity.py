@@ -82,7 +82,11 @@ def _hidden(x: Tensor, w_in: Tensor, b_in: Tensor, gated: bool) -> Tensor:
 
 def _mlp(down: Callable[[Tensor, Tensor], Tensor], gated: bool) -> Callable[..., Tensor]:
     """An MLP of plain PyTorch up to its hidden activation."""
-    return lambda x, w_in, b_in, w_out: down(_hidden(x, w_in, b_in, gated), w_out)
+
+    def mlp(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor) -> Tensor:
+        return down(_hidden(x, w_in, b_in, gated), w_out)
+
+    return mlp
 
 
 def _naive_gated(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor) -> Tensor:
@@ -142,17 +146,6 @@ def _typical(on: Tensor, rows: int, keep: float) -> Tensor:
     """_INPUTS times `rows` row numbers of a mask, of the rows that are nearest to `keep`."""
     distance = (on.float().mean(1) - keep).abs()
     return distance.argsort(stable=True)[: _INPUTS * rows].view(_INPUTS, rows)
-
-
-def _activations(source: str, rows: int, neurons: int, keep: float, dtype: torch.dtype) -> list[Tensor]:
-    """h [T, I]. Few rows are typical ones, so that all inputs are of one density."""
-    generator = torch.Generator().manual_seed(rows)
-    if rows > _FEW:
-        drawn = [_mask(source, rows, neurons, keep, seed) for seed in range(_INPUTS)]
-    else:
-        many = _mask(source, _SAMPLE, neurons, keep, 0)
-        drawn = list(many[_typical(many, rows, keep)])
-    return [masks.activations(mask, dtype=dtype, generator=generator) for mask in drawn]
 
 
 def _coarse(*shape: int) -> Tensor:

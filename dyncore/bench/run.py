@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -42,7 +43,7 @@ def _expected_seconds(point: Point, options: Options) -> float:
     return 0.3 + timing + point.work / 50
 
 
-def sweep(chosen: Sequence[Point], folder: Path, options: Options, console: Console) -> dict:
+def sweep(chosen: Sequence[Point], folder: Path, options: Options, console: Console) -> dict[str, Any]:
     """Measure the points; results.json in `folder` is whole after each. Ctrl-C ends the sweep, not the report."""
     results = new_results(options.command)
     results["warnings"] = timing_warnings()

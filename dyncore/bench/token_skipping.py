@@ -44,7 +44,11 @@ def own(x: Tensor, mask: Tensor, *weights: Tensor) -> Tensor:
 
 def _of_one_group(truth: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`truth` for weights in the layout of `ours`."""
-    return lambda x, mask, *weights: truth(x, mask, *(t[0] for t in weights))
+
+    def run(x: Tensor, mask: Tensor, *weights: Tensor) -> Tensor:
+        return truth(x, mask, *(t[0] for t in weights))
+
+    return run
 
 
 def make_weights(width: int, hidden: int, dtype: torch.dtype) -> tuple[Tensor, ...]:

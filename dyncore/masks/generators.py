@@ -149,7 +149,9 @@ def _fire(
         z = torch.empty(part.shape[0], neurons).normal_(generator=generator)
         if correlation:
             latent = _autoregression(z, correlation, latent)
-        u = torch.special.erfc(z * -math.sqrt(0.5)) / 2  # exact to the last bits where it is small, as rare rates are
+        u: Tensor = (
+            torch.special.erfc(z * -math.sqrt(0.5)) / 2
+        )  # exact to the last bits where it is small, as rare rates are
         mask[start : start + block] = u <= _probabilities(odds, part)
     return mask
 

@@ -13,6 +13,7 @@ import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,8 @@ def save(path: str | os.PathLike[str], layers: Mapping[str, Tensor], *, source: 
         raise TypeError(f"layers: expected masks by name, such as {{'layer': mask}}, got {type(layers).__name__}")
     if not layers:
         raise ValueError("layers: expected masks, got none; activation_sparsity keeps them where record_masks > 0")
-    records, stream = [], b""
+    records: list[dict[str, str | int]] = []
+    stream = b""
     for name, mask in layers.items():
         _expect_mask(f"layers[{name!r}]", mask)
         records.append({"name": name, "rows": mask.shape[0], "neurons": mask.shape[1]})
@@ -48,7 +50,7 @@ def load(path: str | os.PathLike[str]) -> Recording:
     """Raises ValueError where the file holds no masks of this schema."""
     first, _, rest = Path(path).read_bytes().partition(b"\n")
     try:
-        header = json.loads(first)
+        header: Any = json.loads(first)
     except ValueError as error:
         raise ValueError(f"path: expected masks of schema {SCHEMA}, {path} begins with no JSON ({error})") from error
     schema = header.get("schema") if isinstance(header, dict) else None
@@ -63,7 +65,8 @@ def load(path: str | os.PathLike[str]) -> Recording:
     lengths = [neurons * -(-rows // 8) for _, rows, neurons in sizes]
     if sum(lengths) != len(stream) or min((n for size in sizes for n in size[1:]), default=0) < 0:
         raise ValueError(f"path: {path} is damaged (expected {sum(lengths)} bytes of masks, got {len(stream)})")
-    layers, at = {}, 0
+    layers: dict[str, Tensor] = {}
+    at = 0
     for (name, rows, neurons), length in zip(sizes, lengths, strict=True):
         layers[name] = _unpacked(stream[at : at + length], rows, neurons)
         at += length

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -77,7 +78,7 @@ def activation_sparsity(
     else:
         watched, min_zeros = _chosen(model, layers), 0.0
     watch = _Watch(model, watched, rows, sorted(set(tiles)), min_zeros, record_masks)
-    run = call or (lambda batch: _call(model, batch))
+    run: Callable[[Any], object] = call or functools.partial(_call, model)
     seen = 0
     with watch.hooked(), _as_in_eval(model), torch.no_grad():
         for batch in batches:
@@ -96,7 +97,7 @@ def _call(model: nn.Module, batch: Any) -> object:
 
 
 @contextmanager
-def _as_in_eval(model: nn.Module) -> Iterator[None]:
+def _as_in_eval(model: nn.Module) -> Generator[None, None, None]:
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
@@ -120,7 +121,8 @@ def _hidden(module: Any, x: Tensor) -> Tensor:
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:
     """Linear layers and modules that fuse; the linear layers of the latter compute nothing of their own."""
-    found, inside = {}, set()
+    found: dict[str, nn.Module] = {}
+    inside: set[nn.Module] = set()
     for name, module in model.named_modules():
         if _fuses(module):
             inside.update(module.modules())
@@ -200,7 +202,7 @@ class _Watch:
         self._without_rows: set[str] = set()
 
     @contextmanager
-    def hooked(self) -> Iterator[None]:
+    def hooked(self) -> Generator[None, None, None]:
         with ExitStack() as stack:
             for name, module in self._modules.items():
                 fused = _fuses(module)
@@ -250,7 +252,7 @@ class _Watch:
 
     def _valid(self, name: str, shape: torch.Size, device: torch.device) -> Tensor:
         """bool [..., S]: the rows of the layer's activation that count."""
-        valid = None
+        valid: Any = None
         if isinstance(self._rows, str):
             if not isinstance(self.batch, Mapping) or self._rows not in self.batch:
                 raise ValueError(f"rows: expected batches that are mappings with the key {self._rows!r}")
@@ -266,7 +268,7 @@ class _Watch:
         return valid.to(device, torch.bool)
 
     def report(self, hot_rate: float) -> ActivationSparsity:
-        layers = {}
+        layers: dict[str, LayerSparsity] = {}
         for name in self._modules:
             found = self._accumulators.get(name)
             if found is None:

@@ -23,7 +23,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
 def _cache_sizes() -> list[int]:
-    sizes = []
+    sizes: list[int] = []
     for file in sorted(_CACHE_ROOT.glob("index*/size")):
         text = file.read_text().strip()
         sizes.append(int(text[:-1]) * _UNITS[text[-1]] if text[-1:] in _UNITS else int(text))
@@ -54,7 +54,7 @@ def usable_cores() -> int:
 
 def timing_warnings() -> list[str]:
     """Why times taken now may mislead: more threads than cores, or other programs at work. To be asked before ours."""
-    found = []
+    found: list[str] = []
     threads, cores = torch.get_num_threads(), usable_cores()
     if threads > cores:
         found.append(f"{threads} threads share {cores} usable cores and wait for each other: ratios may be off")

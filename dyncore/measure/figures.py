@@ -29,5 +29,5 @@ def style(axes: Axes, theme: str) -> None:
 def legend(axes: Axes, theme: str) -> None:
     """Below the axes, where it covers no point."""
     paper, ink, _ = THEMES[theme]
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13), "ncols": 2, "borderaxespad": 0.8}
-    axes.legend(facecolor=paper, edgecolor=paper, labelcolor=ink, fontsize=8, **place)
+    colors = {"facecolor": paper, "edgecolor": paper, "labelcolor": ink}
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, borderaxespad=0.8, fontsize=8, **colors)

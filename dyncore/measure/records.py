@@ -49,7 +49,7 @@ def write_results(path: str | os.PathLike[str], results: dict[str, Any]) -> None
 def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Raises ValueError where the file does not hold results of this schema."""
     try:
-        results = json.loads(Path(path).read_text())
+        results: Any = json.loads(Path(path).read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"path: {path} is not JSON ({error})") from error
     schema = results.get("schema") if isinstance(results, dict) else None

@@ -17,7 +17,8 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 class _Mean:
     def __init__(self) -> None:
-        self.sum, self.count = 0.0, 0
+        self.sum: float = 0.0
+        self.count: int = 0
 
     def add(self, values: Tensor) -> None:
         if values.numel():
@@ -63,12 +64,13 @@ class Accumulator:
     """Takes the mask of each call of a layer: True where its activation is not zero."""
 
     def __init__(self, neurons: int, tiles: Sequence[int], recorded: int, device: torch.device) -> None:
-        self.rows = 0
-        self.fired = torch.zeros(neurons, dtype=torch.int64, device=device)
-        self.tokens = torch.zeros(neurons + 1, dtype=torch.int64, device=device)
-        self.neighbours, self.strangers = _Mean(), _Mean()
-        self.unions = {size: _Union(size, neurons, device) for size in tiles}
-        self.recorded = torch.zeros(0, neurons, dtype=torch.bool)
+        self.rows: int = 0
+        self.fired: Tensor = torch.zeros(neurons, dtype=torch.int64, device=device)
+        self.tokens: Tensor = torch.zeros(neurons + 1, dtype=torch.int64, device=device)
+        self.neighbours: _Mean = _Mean()
+        self.strangers: _Mean = _Mean()
+        self.unions: dict[int, _Union] = {size: _Union(size, neurons, device) for size in tiles}
+        self.recorded: Tensor = torch.zeros(0, neurons, dtype=torch.bool)
         self._to_record = recorded
         self._generator = torch.Generator().manual_seed(0)
 
@@ -87,7 +89,7 @@ class Accumulator:
             union.add(mask)
         missing = self._to_record - self.recorded.shape[0]
         if missing > 0:
-            self.recorded = torch.cat([self.recorded, mask[:missing].cpu()])
+            self.recorded: Tensor = torch.cat([self.recorded, mask[:missing].cpu()])
 
 
 @dataclasses.dataclass(frozen=True)

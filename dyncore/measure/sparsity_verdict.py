@@ -104,7 +104,7 @@ def _share(density: float, read: float, edge: float) -> float:
 
 def judge(products: Products, density: float, union: Callable[[int], float]) -> Verdict:
     """`union`: the share of neurons that some of so many rows need."""
-    speedups = {}
+    speedups: dict[str, float] = {}
     for phase in PHASES:
         rows = _ROWS.get(phase, MANY_ROWS)
         read = union(rows) if phase in _ROWS else 0.0

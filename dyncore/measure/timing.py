@@ -74,9 +74,9 @@ class Interleaved:
     ) -> None:
         if not variants:
             raise ValueError("variants: expected at least one, got none")
-        self.variants = dict(variants)
+        self.variants: dict[str, Callable[..., Any]] = dict(variants)
         self.samples: dict[str, list[int]] = {name: [] for name in self.variants}
-        self.rounds = 0
+        self.rounds: int = 0
         self._arguments = arguments
         self._synchronize = synchronize or (lambda: None)
         self._clock = clock

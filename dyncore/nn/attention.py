@@ -59,10 +59,13 @@ class Attention(nn.Module):
             raise ValueError(f"num_heads: expected a divisor of dim={dim}, got {num_heads}")
         if rotary and dim // num_heads % 2:
             raise ValueError(f"num_heads: expected an even head width for rotary, got {dim // num_heads}")
-        self.num_heads, self.causal, self.rotary, self.rotary_base = num_heads, causal, rotary, rotary_base
-        self.q = nn.Linear(dim, dim, bias=bias)
-        self.kv = nn.Linear(dim, 2 * dim, bias=bias)
-        self.out = nn.Linear(dim, dim, bias=bias)
+        self.num_heads = num_heads
+        self.causal = causal
+        self.rotary = rotary
+        self.rotary_base = rotary_base
+        self.q: nn.Linear = nn.Linear(dim, dim, bias=bias)
+        self.kv: nn.Linear = nn.Linear(dim, 2 * dim, bias=bias)
+        self.out: nn.Linear = nn.Linear(dim, dim, bias=bias)
 
     def forward(
         self, x: Tensor, positions: Tensor | None = None, live: Tensor | None = None, context: Tensor | None = None
@@ -130,10 +133,10 @@ class TransformerBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.dim = dim
-        self.norm_attention = nn.LayerNorm(dim)
-        self.attention = Attention(dim, num_heads, causal=causal, rotary=rotary)
-        self.norm_mlp = nn.LayerNorm(dim)
-        self.mlp = mlp or MLP(dim, hidden_dim or 4 * dim, activation=activation, bias=bias)
+        self.norm_attention: nn.LayerNorm = nn.LayerNorm(dim)
+        self.attention: Attention = Attention(dim, num_heads, causal=causal, rotary=rotary)
+        self.norm_mlp: nn.LayerNorm = nn.LayerNorm(dim)
+        self.mlp: nn.Module = mlp or MLP(dim, hidden_dim or 4 * dim, activation=activation, bias=bias)
 
     def forward(
         self, x: Tensor, positions: Tensor | None = None, live: Tensor | None = None, context: Tensor | None = None

@@ -7,7 +7,7 @@ is run against the module itself.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import NamedTuple
 
 import torch
@@ -221,7 +221,7 @@ def _rows_for(weight: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _as_in(train: bool, *modules: nn.Module) -> Iterator[None]:
+def _as_in(train: bool, *modules: nn.Module) -> Generator[None, None, None]:
     """The modules in training, with dropouts that drop, or in evaluation."""
     before = [(m, m.training) for module in modules for m in module.modules()]
     rates = [(m, m.p) for m, _ in before if isinstance(m, nn.Dropout)]

@@ -88,7 +88,7 @@ def is_activation(module: nn.Module) -> bool:
 
 def own_linears(module: nn.Module) -> dict[str, nn.Module]:
     """The Linear layers that `module` itself holds, or in lists, by path."""
-    found = {}
+    found: dict[str, nn.Module] = {}
     for name, child in module.named_children():
         if is_linear(child):
             found[name] = child

@@ -40,7 +40,9 @@ class FusedFirst(nn.Module):
         for name, parameter in first._parameters.items():
             self.register_parameter(name, parameter)
         object.__setattr__(self, "second", second)  # no child: its Parameters have their own name already
-        self.activation, self.save, self.training = activation, save, first.training
+        self.activation = activation
+        self.save = save
+        self.training: bool = first.training
 
     def forward(self, x: Tensor) -> Tensor:
         second = self.second

@@ -19,10 +19,10 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, *, activation: str = "gelu", bias: bool = True) -> None:
         super().__init__()
-        self.activation = expect_choice("activation", activation, ACTIVATIONS)
+        self.activation: str = expect_choice("activation", activation, ACTIVATIONS)
         width = 2 * hidden_dim if activation in activations.GATED else hidden_dim
-        self.w_in = nn.Linear(dim, width, bias=bias)
-        self.w_out = nn.Linear(hidden_dim, dim, bias=bias)
+        self.w_in: nn.Linear = nn.Linear(dim, width, bias=bias)
+        self.w_out: nn.Linear = nn.Linear(hidden_dim, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Rows x [..., H] to rows [..., H]."""

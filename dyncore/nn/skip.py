@@ -55,7 +55,7 @@ class Skip(DynamicLayer):
         expect_callable("gate", gate)
         self.module = module
         self.gate = gate
-        self.returns = expect_choice("returns", returns, RETURNS)
+        self.returns: str = expect_choice("returns", returns, RETURNS)
 
     def forward(self, x: Tensor) -> Tensor:
         """x with its live rows changed by the module; the shape and dtype of x."""

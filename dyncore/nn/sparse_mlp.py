@@ -29,7 +29,7 @@ class SparseLinear(nn.Linear):
     `lay_out(neuron_major=False)`; a whole model, `dyncore.convert.lay_out(model, neuron_major=False)`.
     """
 
-    neuron_major = True
+    neuron_major: bool = True
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None
@@ -177,10 +177,10 @@ class SparseMLP(nn.Module):
         expect_size("dim", dim)
         expect_size("hidden_dim", hidden_dim)
         expect_choice("activation", activation, ACTIVATIONS)
-        self.save = expect_choice("save", save, SAVE)
+        self.save: str = expect_choice("save", save, SAVE)
         self._parts = Parts("w_in", None, "w_out", None, None, activation)
-        self.w_in = nn.Linear(dim, 2 * hidden_dim if activation == "reglu" else hidden_dim, bias=bias)
-        self.w_out = SparseLinear(hidden_dim, dim, bias=bias)
+        self.w_in: nn.Linear = nn.Linear(dim, 2 * hidden_dim if activation == "reglu" else hidden_dim, bias=bias)
+        self.w_out: SparseLinear = SparseLinear(hidden_dim, dim, bias=bias)
 
     @property
     def activation(self) -> str:

@@ -20,7 +20,7 @@ class SparseTransformerEncoderLayer(nn.TransformerEncoderLayer):
     It takes no part in torch's fused inference path, which computes every neuron.
     """
 
-    save = "compressed"
+    save: str = "compressed"
 
     def _ff_block(self, x: Tensor) -> Tensor:
         y = feed_forward(x, self.linear1, None, self.linear2, self.dropout, "relu", self.save)
@@ -30,14 +30,14 @@ class SparseTransformerEncoderLayer(nn.TransformerEncoderLayer):
 class SparseTransformerDecoderLayer(nn.TransformerDecoderLayer):
     """nn.TransformerDecoderLayer(activation="relu") on dc.sparse_mlp; made by `sparsify`."""
 
-    save = "compressed"
+    save: str = "compressed"
 
     def _ff_block(self, x: Tensor) -> Tensor:
         y = feed_forward(x, self.linear1, None, self.linear2, self.dropout, "relu", self.save)
         return self.dropout3(y)
 
 
-SPARSE = {
+SPARSE: dict[type[nn.Module], type[SparseTransformerEncoderLayer | SparseTransformerDecoderLayer]] = {
     nn.TransformerEncoderLayer: SparseTransformerEncoderLayer,
     nn.TransformerDecoderLayer: SparseTransformerDecoderLayer,
 }
@@ -51,18 +51,18 @@ def sparsify(layer: nn.Module, save: str = "compressed") -> None:
     sparse = SPARSE.get(type(layer))
     if sparse is None:
         raise ValueError(f"layer: expected one of {', '.join(c.__name__ for c in SPARSE)}, got {type(layer).__name__}")
-    layer = cast(nn.TransformerEncoderLayer, layer)
-    if not (layer.activation in _RELU or type(layer.activation) is nn.ReLU):
-        name = getattr(layer.activation, "__name__", type(layer.activation).__name__)
+    dense = cast(nn.TransformerEncoderLayer, layer)
+    if not (dense.activation in _RELU or type(dense.activation) is nn.ReLU):
+        name = getattr(dense.activation, "__name__", type(dense.activation).__name__)
         raise ValueError(f"layer: expected the activation relu, got {name}")
-    if "_ff_block" in layer.__dict__ or "forward" in layer.__dict__:
+    if "_ff_block" in dense.__dict__ or "forward" in dense.__dict__:
         raise ValueError("layer: expected its class's forward, got one that was put over it")
     for name in ("linear1", "linear2", "dropout"):
-        hook = hooked(layer.get_submodule(name))
+        hook = hooked(dense.get_submodule(name))
         if hook:
             raise ValueError(f"layer: expected nothing that hangs on {name}, got {hook}")
-    expect_plain(layer.linear1, "linear1")
-    layer.linear2 = SparseLinear.from_dense(expect_plain(layer.linear2, "linear2"))
-    layer.activation_relu_or_gelu = 0  # what torch asks before it takes its fused path
+    expect_plain(dense.linear1, "linear1")
+    dense.linear2 = SparseLinear.from_dense(expect_plain(dense.linear2, "linear2"))
+    dense.activation_relu_or_gelu = 0  # what torch asks before it takes its fused path
     layer.__class__ = sparse
     layer.save = save  # type: ignore[attr-defined]

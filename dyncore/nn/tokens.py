@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,11 @@ from dyncore.plan import Plan, select_topk
 
 ATTENTION = ("selected", "all_keys")
 INFERENCE = ("topk", "predictor", "threshold")
-ROUTER_WEIGHTS = {"linear": lambda r: r, "sigmoid": torch.sigmoid, "tanh": torch.tanh}
+ROUTER_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "linear": lambda r: r,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
 
 
 def _accepted(block: nn.Module) -> tuple[str, ...]:
@@ -68,7 +73,7 @@ class _TokenLayer(DynamicLayer):
         super().__init__()
         expect_callable("block", block)
         self.block = block
-        self.returns = expect_choice("returns", returns, RETURNS)
+        self.returns: str = expect_choice("returns", returns, RETURNS)
         self._names = _accepted(block)
 
     def _by_decision(self, x: Tensor, decision: Decision) -> Tensor:
@@ -146,7 +151,7 @@ class TokenSkip(_TokenLayer):
         super().__init__(block, returns)
         expect_callable("gate", gate)
         self.gate = gate
-        self.attention = expect_choice("attention", attention, ATTENTION)
+        self.attention: str = expect_choice("attention", attention, ATTENTION)
         self._all_keys = attention == "all_keys"
         for name in ("positions", "live", *(["context"] if self._all_keys else [])):
             if name not in self._names:
@@ -206,11 +211,11 @@ class MixtureOfDepths(Capacity, Movable, _TokenLayer):
     ) -> None:
         super().__init__(block, returns)
         self.capacity = capacity
-        self.weight = expect_choice("weight", weight, tuple(ROUTER_WEIGHTS))
-        self.inference = expect_choice("inference", inference, INFERENCE)
+        self.weight: str = expect_choice("weight", weight, tuple(ROUTER_WEIGHTS))
+        self.inference: str = expect_choice("inference", inference, INFERENCE)
         if dim is None and (router is None or (inference == "predictor" and predictor is None)):
             dim = _width(block)
-        self.router = nn.Linear(dim, 1, bias=False) if router is None else router  # type: ignore[arg-type]
+        self.router: nn.Module = nn.Linear(dim, 1, bias=False) if router is None else router  # type: ignore[arg-type]
         if inference == "predictor" and predictor is None:
             hidden = max(dim // 4, 1)  # type: ignore[operator]
             predictor = nn.Sequential(nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, 1))  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -26,11 +26,11 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 
 class _Refuse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, grad, *sources):
+    def forward(ctx: Any, grad: Tensor, *sources: Tensor) -> Tensor:
         return grad.view_as(grad)
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
         raise RuntimeError("dyncore's ops have first derivatives only: this asks for the derivative of a gradient")
 
 
@@ -39,7 +39,7 @@ class _Unpacked:
 
     def __init__(self, ctx: Any) -> None:
         self._ctx = ctx
-        self.saved_tensors = ctx.saved_tensors
+        self.saved_tensors: tuple[Tensor | None, ...] = ctx.saved_tensors
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._ctx, name)
@@ -52,14 +52,14 @@ def first_derivative_only(backward: Callable[..., tuple[Tensor | None, ...]]) ->
     """
 
     @functools.wraps(backward)
-    def run(ctx, *grads):
+    def run(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return backward(ctx, *grads)
         ctx = _Unpacked(ctx)
         with torch.no_grad():
             results = backward(ctx, *grads)
         # all that the gradients depend on: by whichever of it a second derivative asks, it comes upon the refusal
-        sources = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        sources: list[Tensor] = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]
         return tuple(None if g is None else apply(_Refuse, g, *sources) for g in results)
 
     return run

@@ -6,6 +6,8 @@ comparisons (reading an attribute of a tensor takes 50 ns), and only what is wro
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ALL = (*ELEMENTWISE, *GATED)
 # asked once, for Dynamo of torch 2.11 cannot
 _AUTOCAST = tuple(t for t in ("cpu", "cuda", "hpu", "mps", "mtia", "xpu") if torch.amp.is_autocast_available(t))
-any_autocast = torch._C._is_any_autocast_enabled  # one question for all devices, before that for x's
+# one question for all devices, before that for x's
+any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 
 
 def expect_plan(plan: object) -> Plan:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,13 +18,13 @@ _scatter = torch.ops.dyncore.scatter_rows.default
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, rows, offsets, row_offsets, row_slots):
+    def forward(ctx: Any, x: Tensor, rows: Tensor, offsets: Tensor, row_offsets: Tensor, row_slots: Tensor) -> Tensor:
         ctx.save_for_backward(rows, offsets, row_offsets, row_slots)
         return _gather(x, rows, offsets)
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, offsets, row_offsets, row_slots = ctx.saved_tensors
         return _scatter(grad, None, rows, offsets, None, row_offsets, row_slots), None, None, None, None
 

@@ -35,11 +35,12 @@ class PackedMLP:
     """
 
     def __init__(self, w_in: Tensor, w_out: Tensor, activation: str) -> None:
-        self.activation, self.isa = activation, cpu.isa()
+        self.activation = activation
+        self.isa: str = cpu.isa()
         self._weights, self._stamps = (w_in, w_out), (_stamp(w_in), _stamp(w_out))
         with torch.no_grad():
-            self.in_panels = _pack(w_in.detach(), 2 if activation in activations.GATED else 1)
-            self.out_panels = _pack(w_out.detach(), 1)
+            self.in_panels: Tensor = _pack(w_in.detach(), 2 if activation in activations.GATED else 1)
+            self.out_panels: Tensor = _pack(w_out.detach(), 1)
 
     @property
     def nbytes(self) -> int:

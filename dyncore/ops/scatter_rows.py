@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,14 +19,23 @@ _scatter_backward = torch.ops.dyncore.scatter_rows_backward.default
 
 class _ScatterRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, base, scale, rows, offsets, row_offsets, row_slots):
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        base: Tensor | None,
+        scale: Tensor | None,
+        rows: Tensor,
+        offsets: Tensor,
+        row_offsets: Tensor,
+        row_slots: Tensor,
+    ) -> Tensor:
         # y is needed for the gradient of scale alone
         ctx.save_for_backward(y if scale is not None else None, scale, rows, offsets, row_offsets, row_slots)
         return _scatter(y, base, rows, offsets, scale, row_offsets, row_slots)
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, scale, rows, offsets, row_offsets, row_slots = ctx.saved_tensors
         need_y, need_base, need_scale = ctx.needs_input_grad[:3]
         dy = dscale = None

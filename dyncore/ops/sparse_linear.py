@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,26 +29,28 @@ def _nonzeros(h: Tensor) -> int:
 
 
 @register_flop_formula(torch.ops.dyncore.sparse_linear, get_raw=True)
-def _forward_flops(h, weight, *args, out_val=None, **kwargs) -> int:
+def _forward_flops(h: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> int:
     return 2 * _nonzeros(h) * weight.shape[0]
 
 
 @register_flop_formula(torch.ops.dyncore.sparse_linear_backward, get_raw=True)
-def _backward_flops(grad, h, weight, dense_from, needs, *args, out_val=None, **kwargs) -> int:
+def _backward_flops(
+    grad: Tensor, h: Tensor, weight: Tensor, dense_from: float, needs: list[bool], *args: Any, **kwargs: Any
+) -> int:
     products = (h.numel() if needs[0] else 0) + (_nonzeros(h) if needs[1] else 0)
     return 2 * products * weight.shape[0]
 
 
 class _SparseLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, weight, bias, dense_from):
+    def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, dense_from: float) -> Tensor:
         ctx.save_for_backward(h, weight)
         ctx.dense_from = dense_from
         return _forward(h, weight, bias, dense_from)
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         h, weight = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
         grads = _backward(grad, h, weight, ctx.dense_from, needs)

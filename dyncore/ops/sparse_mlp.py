@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,20 +43,41 @@ def _hidden_products(x: Tensor, w_in: Tensor, activation: str, nonzeros: int) ->
 
 
 @register_flop_formula(torch.ops.dyncore.sparse_mlp, get_raw=True)
-def _forward_flops(x, w_in, w_out, b_in, b_out, activation, *args, out_val=None, **kwargs) -> int:
+def _forward_flops(
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    activation: str,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
     nonzeros = _nonzeros(x, w_in, b_in, activation)
     return 2 * (_hidden_products(x, w_in, activation, nonzeros) + nonzeros * w_out.shape[0])
 
 
 @register_flop_formula(torch.ops.dyncore.sparse_hidden, get_raw=True)
-def _hidden_flops(x, w_in, b_in, activation, *args, out_val=None, **kwargs) -> int:
+def _hidden_flops(x: Tensor, w_in: Tensor, b_in: Tensor | None, activation: str, *args: Any, **kwargs: Any) -> int:
     gated = activation in activations.GATED
     return 2 * _hidden_products(x, w_in, activation, _nonzeros(x, w_in, b_in, activation) if gated else 0)
 
 
 @register_flop_formula(torch.ops.dyncore.sparse_mlp_backward, get_raw=True)
 def _backward_flops(
-    grad, x, w_in, w_out, mask, values, row_offsets, pre, activation, dense_from, needs, *args, out_val=None, **kwargs
+    grad: Tensor,
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    mask: Tensor,
+    values: Tensor,
+    row_offsets: Tensor,
+    pre: Tensor,
+    activation: str,
+    dense_from: float,
+    needs: list[bool],
+    *args: Any,
+    **kwargs: Any,
 ) -> int:
     width, inner = w_out.shape
     if holds_no_data(x):
@@ -72,7 +95,18 @@ def _backward_flops(
 
 class _SparseMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w_in, w_out, b_in, b_out, activation, dense_from, save, capacity):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w_in: Tensor,
+        w_out: Tensor,
+        b_in: Tensor | None,
+        b_out: Tensor | None,
+        activation: str,
+        dense_from: float,
+        save: str,
+        capacity: int,
+    ) -> Tensor:
         what = "none" if save == "recompute" else save
         out, *hidden = _forward(x, w_in, w_out, b_in, b_out, activation, dense_from, what, capacity)
         if save == "recompute":
@@ -84,7 +118,7 @@ class _SparseMLP(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, w_in, w_out, b_in, *hidden = ctx.saved_tensors
         activation, dense_from, capacity = ctx.form
         if not hidden:  # to be computed again
