@@ -125,9 +125,9 @@ def _elementwise(act: Any) -> str | None:
         return None
     if "forward" in act.__dict__:
         return None
-    kind = type(act)
-    if kind is nn.GELU:
+    if type(act) is nn.GELU:
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(act.approximate)
+    kind = type(act)
     if kind in _transformers.gelus:
         return _gelu(getattr(act, "act", None))
     return _transformers.kinds.get(kind)
