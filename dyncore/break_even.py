@@ -15,7 +15,7 @@ import math
 import os
 import platform
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -127,7 +127,7 @@ def machine() -> dict[str, str]:
     }
 
 
-def _grid(cells: list[dict[str, Any]], value: Any) -> dict[_Kind, Grid]:
+def _grid(cells: list[dict[str, Any]], value: Any) -> dict[_Kind, Grid[Any]]:
     kinds: dict[_Kind, dict[tuple[int, int], Any]] = {}
     for cell in cells:
         dtype = getattr(torch, cell["dtype"])
@@ -149,7 +149,10 @@ def parse(record: Mapping[str, Any]) -> Table:
     def density(cell: dict[str, Any]) -> float:
         return NEVER if cell["density"] is None else _positive(cell["density"])
 
-    executors = _grid(record["executors"], lambda c: (_positive(c["ours"]), _positive(c["torch"])))
+    def rates(cell: dict[str, Any]) -> tuple[float, float]:
+        return _positive(cell["ours"]), _positive(cell["torch"])
+
+    executors = _grid(record["executors"], rates)
     return Table(_grid(record["masked"], density), executors, _grid(record["dense"], density))
 
 
@@ -203,7 +206,7 @@ def tuned() -> bool:
 
 
 @contextmanager
-def use(table: Table) -> Iterator[None]:
+def use(table: Table) -> Generator[None, None, None]:
     """`table` at today's number of threads, whatever the file says; for the whole process, within the block."""
     global _tables, _idle
     before = _tables, _idle

@@ -305,7 +305,7 @@ class _RouteTopk(torch.autograd.Function):
     """plan_route_topk with the gradient of its scale."""
 
     @staticmethod
-    def forward(ctx, logits, k, normalize):
+    def forward(ctx: Any, logits: Tensor, k: int, normalize: bool) -> tuple[Tensor, ...]:
         rows, offsets, row_offsets, row_slots, sources, scale, expert = _plan_route_topk(logits, k, normalize)
         ctx.save_for_backward(logits, sources, scale, expert)
         ctx.normalize = normalize
@@ -313,7 +313,7 @@ class _RouteTopk(torch.autograd.Function):
         return rows, offsets, row_offsets, row_slots, scale
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         logits, sources, scale, expert = ctx.saved_tensors
         grad = grads[-1]
         weight, dweight = (torch.zeros_like(t).scatter(0, sources.long(), t).view(expert.shape) for t in (scale, grad))

@@ -73,9 +73,13 @@ def executor_cell(op: str, dtype: torch.dtype, rows: int, width: int, seconds: f
     x = torch.randn(slots, weights[0].shape[2]).to(dtype)
 
     def way(module: Any) -> Callable[..., Any]:
-        if op == "grouped_linear":
-            return lambda w: module.grouped_linear(x, w, None, *tensors, "none", True, True, False)
-        return lambda w_in, w_out: module.grouped_mlp(x, w_in, w_out, None, None, None, *tensors, "gelu", False)
+        def linear(w: Tensor) -> Any:
+            return module.grouped_linear(x, w, None, *tensors, "none", True, True, False)
+
+        def mlp(w_in: Tensor, w_out: Tensor) -> Any:
+            return module.grouped_mlp(x, w_in, w_out, None, None, None, *tensors, "gelu", False)
+
+        return linear if op == "grouped_linear" else mlp
 
     with break_even.use(Table()):  # the cpu backend answers with its own kernels
         timings = _rounds({"ours": way(cpu), "torch": way(torch_matmul)}, weights, seconds)
@@ -113,7 +117,7 @@ def dense_cell(dtype: torch.dtype, rows: int, width: int, seconds: float) -> dic
     x = torch.randn(rows, width)
     inputs = [(x * (torch.rand_like(x) < density)).to(dtype) for density in _NONZEROS]
 
-    def way(h: Tensor, dense_from: float) -> Callable[..., Any]:
+    def way(h: Tensor, dense_from: float) -> Callable[[Tensor], Tensor]:
         return lambda w: cpu_sparse.sparse_linear(h, w, None, dense_from)
 
     ways = {f"{density}": way(h, break_even.NEVER) for density, h in zip(_NONZEROS, inputs, strict=True)}

@@ -174,7 +174,7 @@ def _trial(run: Callable[[], list[Tensor]], right: list[Tensor] | None, toleranc
 
 
 def measure_cell(
-    key: Key, effort: Effort, target: Target, device: torch.device, timer: Timer, spilling: set[tuple]
+    key: Key, effort: Effort, target: Target, device: torch.device, timer: Timer, spilling: set[tuple[Any, ...]]
 ) -> dict[str, Any]:
     """A cell of the table: TFLOP/s of each candidate, or why it has none, and the one to take. `spilling` grows by what
     spills: a kernel that an earlier cell has compiled shows nothing new."""
@@ -262,7 +262,7 @@ def driver() -> str:
     return done.stdout.strip().split("\n")[0] or "unknown"
 
 
-def _kept(document: Any, here: dict[str, str]) -> dict[tuple, dict[str, Any]]:
+def _kept(document: Any, here: dict[str, str]) -> dict[tuple[Any, ...], dict[str, Any]]:
     """Cells of an older table of this machine, by key."""
     from dyncore.kernels.common.configs import Key
 
@@ -317,7 +317,7 @@ def measure(
     print("TFLOP/s of tilings: rows x columns x depth of a step / warps / steps in flight / programs a multiprocessor;")
     print("of each bucket the built-in one first\n")
     torch.manual_seed(0)
-    spilling: set[tuple] = set()
+    spilling: set[tuple[Any, ...]] = set()
     for key in cells(effort):
         try:
             cell = measure_cell(key, effort, target(key.arithmetic), device, timer, spilling)

@@ -108,8 +108,8 @@ class Gate(Movable):
         super().__init__()
         if isinstance(score, bool) or not isinstance(score, (int, nn.Module)):
             raise TypeError(f"score: expected a width (int) or a module, got {type(score).__name__}")
-        self.score = nn.Linear(score, 1) if isinstance(score, int) else score
-        self.weight = expect_choice("weight", weight, WEIGHTS)
+        self.score: nn.Module = nn.Linear(score, 1) if isinstance(score, int) else score
+        self.weight: str = expect_choice("weight", weight, WEIGHTS)
         self.pool = pool
 
     def logits(self, x: Tensor) -> Tensor:

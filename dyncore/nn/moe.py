@@ -81,18 +81,21 @@ class MoE(DynamicLayer):
             raise ValueError(f"top_k: expected 1..{num_experts} (num_experts), got {top_k}")
         if shared_experts < 0:
             raise ValueError(f"shared_experts: expected a number >= 0, got {shared_experts}")
-        self.dim, self.hidden_dim, self.num_experts, self.top_k = dim, hidden_dim, num_experts, top_k
-        self.activation = expect_choice("activation", activation, ACTIVATIONS)
-        self.routing = expect_choice("routing", routing, ROUTING)
-        self.normalize = top_k > 1 if normalize is None else normalize
+        self.dim = dim
+        self.hidden_dim = hidden_dim
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.activation: str = expect_choice("activation", activation, ACTIVATIONS)
+        self.routing: str = expect_choice("routing", routing, ROUTING)
+        self.normalize: bool = top_k > 1 if normalize is None else normalize
         width = 2 * hidden_dim if activation in activations.GATED else hidden_dim
-        self.router = nn.Linear(dim, num_experts, bias=False) if router is None else router
-        self.w_in = nn.Parameter(torch.empty(num_experts, width, dim))
-        self.w_out = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
-        self.b_in = nn.Parameter(torch.empty(num_experts, width)) if bias else None
-        self.b_out = nn.Parameter(torch.empty(num_experts, dim)) if bias else None
+        self.router: nn.Module = nn.Linear(dim, num_experts, bias=False) if router is None else router
+        self.w_in: nn.Parameter = nn.Parameter(torch.empty(num_experts, width, dim))
+        self.w_out: nn.Parameter = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
+        self.b_in: nn.Parameter | None = nn.Parameter(torch.empty(num_experts, width)) if bias else None
+        self.b_out: nn.Parameter | None = nn.Parameter(torch.empty(num_experts, dim)) if bias else None
         shared_dim = shared_experts * hidden_dim
-        self.shared = MLP(dim, shared_dim, activation=activation, bias=bias) if shared_experts else None
+        self.shared: MLP | None = MLP(dim, shared_dim, activation=activation, bias=bias) if shared_experts else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

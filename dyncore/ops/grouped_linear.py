@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,12 +34,24 @@ _backward = torch.ops.dyncore.grouped_linear_backward.default
 
 
 @register_flop_formula(torch.ops.dyncore.grouped_linear, get_raw=True)
-def _forward_flops(x, weight, bias, rows, offsets, *args, out_val=None, **kwargs) -> int:
+def _forward_flops(
+    x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, offsets: Tensor, *args: Any, **kwargs: Any
+) -> int:
     return 2 * live_slots(rows, offsets) * weight.shape[1] * weight.shape[2]
 
 
 @register_flop_formula(torch.ops.dyncore.grouped_linear_backward, get_raw=True)
-def _backward_flops(grad, x, weight, bias, pre, rows, offsets, *args, out_val=None, **kwargs) -> int:
+def _backward_flops(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pre: Tensor,
+    rows: Tensor,
+    offsets: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
     *_, activation, _, scatter, (need_x, need_weight, _, need_scale) = args
     back = need_x or (need_scale and scatter and activation == "none")  # the product with the weight gives both
     return 2 * live_slots(rows, offsets) * weight.shape[1] * weight.shape[2] * (int(back) + int(need_weight))
@@ -47,8 +60,21 @@ def _backward_flops(grad, x, weight, bias, pre, rows, offsets, *args, out_val=No
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x, weight, bias, scale, rows, offsets, row_offsets, row_slots, activation, gather, scatter, cublas, full
-    ):
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        rows: Tensor,
+        offsets: Tensor,
+        row_offsets: Tensor,
+        row_slots: Tensor,
+        activation: str,
+        gather: bool,
+        scatter: bool,
+        cublas: bool,
+        full: bool,
+    ) -> Tensor:
         plan = (rows, offsets, scale, row_offsets, row_slots)
         forward = functools.partial(one_group.grouped_linear, full=full) if cublas else _forward
         out, pre = forward(x, weight, bias, *plan, activation, gather, scatter, True)
@@ -58,14 +84,16 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, pre, *plan = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:4])
         grads = _backward(grad, x, weight, bias, pre, *plan, *ctx.form, needs)
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 9
 
 
-def _masked(x, weight, bias, plan: Plan, activation: str, gather: bool, scatter: bool) -> Tensor:
+def _masked(
+    x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, activation: str, gather: bool, scatter: bool
+) -> Tensor:
     biases = bias.unbind(0) if bias is not None else (None,) * weight.shape[0]
     groups = plan.groups()
     selected, scale = selection(plan, x.dtype)

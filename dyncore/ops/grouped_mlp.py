@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,12 +34,35 @@ _backward = torch.ops.dyncore.grouped_mlp_backward.default
 
 
 @register_flop_formula([torch.ops.dyncore.grouped_mlp, torch.ops.dyncore.grouped_mlp_packed], get_raw=True)
-def _forward_flops(x, w_in, w_out, b_in, b_out, residual, rows, offsets, *args, out_val=None, **kwargs) -> int:
+def _forward_flops(
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    residual: Tensor | None,
+    rows: Tensor,
+    offsets: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
     return 2 * live_slots(rows, offsets) * (w_in[0].numel() + w_out[0].numel())
 
 
 @register_flop_formula(torch.ops.dyncore.grouped_mlp_backward, get_raw=True)
-def _backward_flops(grad, x, w_in, w_out, b_in, b_out, pre, rows, offsets, *args, out_val=None, **kwargs) -> int:
+def _backward_flops(
+    grad: Tensor,
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    pre: Tensor,
+    rows: Tensor,
+    offsets: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
     need_x, need_w_in, need_w_out, need_b_in, _, need_scale = args[-1]
     hidden = need_x or need_w_in or need_b_in or need_scale  # the product that gives the gradient of the hidden layer
     per_slot = (int(need_x) + int(need_w_in)) * w_in[0].numel() + (int(hidden) + int(need_w_out)) * w_out[0].numel()
@@ -47,8 +71,23 @@ def _backward_flops(grad, x, w_in, w_out, b_in, b_out, pre, rows, offsets, *args
 
 class _GroupedMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w_in, w_out, b_in, b_out, scale, residual, rows, offsets, row_offsets, row_slots, *form):
-        activation, cublas, full = form
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w_in: Tensor,
+        w_out: Tensor,
+        b_in: Tensor | None,
+        b_out: Tensor | None,
+        scale: Tensor | None,
+        residual: Tensor | None,
+        rows: Tensor,
+        offsets: Tensor,
+        row_offsets: Tensor,
+        row_slots: Tensor,
+        activation: str,
+        cublas: bool,
+        full: bool,
+    ) -> Tensor:
         plan = (rows, offsets, scale, row_offsets, row_slots)
         forward = functools.partial(one_group.grouped_mlp, full=full) if cublas else _forward
         out, pre = forward(x, w_in, w_out, b_in, b_out, residual, *plan, activation, True)
@@ -58,7 +97,7 @@ class _GroupedMLP(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, w_in, w_out, b_in, b_out, pre, *plan = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:6])
         dresidual = grad if ctx.needs_input_grad[6] else None
@@ -72,7 +111,16 @@ class _GroupedMLP(torch.autograd.Function):
         )
 
 
-def _masked(x, w_in, w_out, b_in, b_out, residual, plan: Plan, activation: str) -> Tensor:
+def _masked(
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    residual: Tensor | None,
+    plan: Plan,
+    activation: str,
+) -> Tensor:
     absent = (None,) * w_in.shape[0]
     selected, scale = selection(plan, x.dtype)
     total = None
@@ -96,7 +144,9 @@ def _masked(x, w_in, w_out, b_in, b_out, residual, plan: Plan, activation: str) 
     return total.to(x.dtype)
 
 
-def _check(x, w_in, w_out, b_in, b_out, plan: Plan, gated: bool) -> None:
+def _check(
+    x: Tensor, w_in: Tensor, w_out: Tensor, b_in: Tensor | None, b_out: Tensor | None, plan: Plan, gated: bool
+) -> None:
     groups, width = plan.num_groups, expect_rows("x", x, plan).shape[1]
     expect_tensor("w_out", w_out, like=x)
     expect_shape("w_out", w_out, "G H I", (groups, width, None))
