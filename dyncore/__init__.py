@@ -24,7 +24,7 @@ from dyncore.ops import gather_rows, grouped_linear, grouped_mlp, scatter_rows, 
 from dyncore.plan import Plan, route, route_mask, route_topk, select, select_topk
 
 if TYPE_CHECKING:
-    from dyncore import convert, masks, measure, nn
+    from dyncore import convert, integrations, masks, measure, nn
 
 __version__ = "0.1.0"
 
@@ -35,6 +35,7 @@ __all__ = [
     "gather_rows",
     "grouped_linear",
     "grouped_mlp",
+    "integrations",
     "masks",
     "measure",
     "nn",
@@ -51,6 +52,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> _ModuleType:
-    if name in ("convert", "masks", "measure", "nn"):  # loaded at first use: import dyncore stays light
+    if name in ("convert", "integrations", "masks", "measure", "nn"):  # loaded at first use: import dyncore stays light
         return importlib.import_module(f"dyncore.{name}")
     raise AttributeError(f"module 'dyncore' has no attribute {name!r}")

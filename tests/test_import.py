@@ -33,9 +33,7 @@ def test_import_is_silent_light_and_fast():
 
 
 def test_the_integrations_import_their_tools_when_called():
-    probe = (
-        "import sys, dyncore.integrations.transformers; print([m for m in sys.modules if m.startswith('transformers')])"
-    )
+    probe = "import sys, dyncore; dyncore.integrations.transformers.describe; print([m for m in sys.modules if m.startswith('transformers')])"
     run = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert run.stdout == "[]\n"
 

@@ -2,3 +2,7 @@
 
 Floor 5.
 """
+
+from dyncore.integrations import transformers
+
+__all__ = ["transformers"]

@@ -86,10 +86,18 @@ def register() -> None:
 
 
 def describe(model: nn.Module) -> dict[str, str]:
-    """How "dyncore" computes each experts module of a model, by name; empty where transformers asks no implementation
-    for them (there is no such module, or it computes its experts itself)."""
+    """How "dyncore" computes each experts module of a model, by name, and where another implementation is set, which;
+    empty where transformers asks none (there is no such module, or it computes its experts itself)."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a module, got {type(model).__name__}")
     register()
-    return {name: _way(module) for name, module in model.named_modules() if all(hasattr(module, n) for n in LAYOUT[:4])}
+    ways: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if all(hasattr(module, n) for n in LAYOUT[:4]):
+            chosen = getattr(getattr(module, "config", None), "_experts_implementation", None)
+            way = _way(module)
+            ways[name] = way if chosen == NAME else f"{chosen or 'eager'} is set; dyncore would: {way}"
+    return ways
 
 
 def _way(module: Any) -> str:

@@ -25,8 +25,18 @@ class _Raw:
         return self._formula(*args, **kwargs)
 
 
-# torch counts its accelerators' fused attention but not its CPU one, whose arguments come in the same order.
-_CPU_ATTENTION = {
+def _grouped_mm_flop(a_shape: Any, b_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """A matrix product of each group: groups are a dimension where both operands or one has three, or cut the
+    dimension along which both are summed; every row of the ragged operand is taken for live."""
+    *_, rows, depth = a_shape
+    groups = a_shape[0] if len(a_shape) == len(b_shape) == 3 else 1
+    return 2 * groups * rows * depth * b_shape[-1]
+
+
+# torch counts its accelerators' fused attention but not its CPU one, whose arguments come in the same order, nor the
+# product of groups.
+_UNCOUNTED = {
+    torch.ops.aten._grouped_mm: _grouped_mm_flop,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _Raw(sdpa_flop),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _Raw(sdpa_backward_flop),
 }
@@ -43,6 +53,6 @@ def flops(fn: Callable[..., Any], *inputs: Any, **kwargs: Any) -> int:
     """
     if not callable(fn):
         raise TypeError(f"fn: expected a module or another callable, got {type(fn).__name__}")
-    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
         fn(*inputs, **kwargs)
     return counter.get_total_flops()

@@ -210,6 +210,9 @@ class DynamicLayer(nn.Module):
         """
         if torch.compiler.is_exporting():  # an exported graph has no layer to keep a record in
             return
+        if not isinstance(plan, Plan):
+            raise TypeError(f"plan: expected a dyncore.Plan, got {type(plan).__name__}")
+        expect_callable("cost", cost)
         self.last_plan = plan
         self._cost = cost() if torch.compiler.is_compiling() else (cost, torch.is_grad_enabled())
         for name, value in others.items():

@@ -5,7 +5,7 @@ Functions of tensors; layers offer theirs by `layer.losses()` and `collect_losse
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -42,13 +42,19 @@ def compute_target(costs: Tensor | Iterable[Tensor], target: float, weights: Ite
         target: the share of compute wanted, in the units of the costs.
         weights: what a full row of each layer costs, such as its FLOPs; equal if None.
 
-    A scalar. Raises ValueError where there are no costs or the number of weights differs.
+    A scalar. Raises TypeError on what are no costs, such as those of a layer that has not run, ValueError where there
+    are none or the number of weights differs.
     """
+    if isinstance(costs, Mapping) or not isinstance(costs, Iterable):
+        raise TypeError(f"costs: expected a Tensor or an iterable of them, got {type(costs).__name__}")
     layers = [costs] if isinstance(costs, Tensor) else list(costs)
     shares = [1.0] * len(layers) if weights is None else list(weights)
     if not layers:
         raise ValueError("costs: expected the cost of at least one layer, got none")
     if len(shares) != len(layers):
         raise ValueError(f"weights: expected {len(layers)} of them, one a layer, got {len(shares)}")
+    for cost in layers:
+        if not isinstance(cost, Tensor):
+            raise TypeError(f"costs: expected a Tensor or an iterable of them, got one of {type(cost).__name__}")
     means = torch.stack([w * c.sum() / max(c.numel(), 1) for w, c in zip(shares, layers, strict=True)])
     return (means.sum() / sum(shares) - target).square()

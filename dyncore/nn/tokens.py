@@ -47,10 +47,11 @@ ROUTER_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _accepted(block: nn.Module) -> tuple[str, ...]:
-    """Which names of the token protocol the block's forward takes."""
+    """Which names of the token protocol the block's forward has. That it takes any keyword says nothing: blocks of
+    transformers do, and swallow what they do not know."""
+    block = getattr(block, "_orig_mod", block)  # of torch.compile
     parameters = inspect.signature(block.forward if isinstance(block, nn.Module) else block).parameters
-    any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    return tuple(name for name in ("positions", "live", "context") if any_name or name in parameters)
+    return tuple(name for name in ("positions", "live", "context") if name in parameters)
 
 
 def _width(block: nn.Module) -> int:
@@ -72,6 +73,11 @@ class _TokenLayer(DynamicLayer):
     def __init__(self, block: nn.Module, returns: str) -> None:
         super().__init__()
         expect_callable("block", block)
+        if (
+            isinstance(block, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
+            and not block.self_attn.batch_first
+        ):
+            raise ValueError("block: expected a module that takes [B, S, D], got one with batch_first=False")
         self.block = block
         self.returns: str = expect_choice("returns", returns, RETURNS)
         self._names = _accepted(block)

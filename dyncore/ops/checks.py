@@ -75,7 +75,8 @@ def expect_slots(name: str, y: Tensor, plan: Plan) -> Tensor:
     if y.dim() != 2:
         raise ValueError(f"{name}: expected shape [A, D], got {list(y.shape)}")
     if y.shape[0] != plan.num_slots:
-        hint = "; these are rows: gather=True, or gather_rows first?" if y.shape[0] == plan.num_rows else ""
+        way = "gather=True, or gather_rows first?" if name == "x" else "gather_rows first?"
+        hint = f"; these are rows: {way}" if y.shape[0] == plan.num_rows else ""
         raise ValueError(
             f"{name}: expected {plan.num_slots} slots (plan.rows), got {y.shape[0]} in {list(y.shape)}{hint}"
         )

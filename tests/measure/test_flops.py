@@ -53,6 +53,15 @@ def test_frozen_weights_leave_their_products_out_of_the_backward_count():
     assert dc.measure.flops(run) == 2 * 4 * (2 * INNER * H) * 2
 
 
+def test_torch_s_product_of_groups_counts_forward_and_backward():
+    x, w = torch.randn(24, 16, requires_grad=True), torch.randn(3, 16, 32, requires_grad=True)
+    offsets = torch.tensor([8, 16, 24], dtype=torch.int32)
+    run = lambda: torch.nn.functional.grouped_mm(x, w, offs=offsets)  # noqa: E731
+    with torch.no_grad():
+        assert dc.measure.flops(run) == 2 * 24 * 16 * 32
+    assert dc.measure.flops(lambda: run().square().sum().backward()) == 3 * 2 * 24 * 16 * 32
+
+
 def test_masked_execution_counts_every_row_with_every_group():
     plan = dc.route(EXPERT, num_groups=G)
     run = lambda: dc.grouped_mlp(tensor(T, H), tensor(G, INNER, H), tensor(G, H, INNER), plan=plan)  # noqa: E731

@@ -41,5 +41,8 @@ def test_bad_arguments_are_named():
         losses.load_balance(torch.rand(2, 3), torch.rand(2))
     with pytest.raises(ValueError, match="costs: expected the cost of at least one layer, got none"):
         losses.compute_target([], 0.5)
+    for costs, got in ((None, "NoneType"), ({"0": torch.rand(3)}, "dict"), ([None], "one of NoneType")):
+        with pytest.raises(TypeError, match=f"costs: expected a Tensor or an iterable of them, got {got}"):
+            losses.compute_target(costs, 0.5)
     with pytest.raises(ValueError, match="weights: expected 1 of them, one a layer, got 2"):
         losses.compute_target([torch.rand(3)], 0.5, weights=[1.0, 2.0])

@@ -271,6 +271,13 @@ def test_a_block_of_plain_torch_serves_mixture_of_depths():
     torch.testing.assert_close(layer(x), want)
 
 
+class Swallowing(nn.Module):
+    """As blocks of transformers: any keyword is taken and most are not looked at."""
+
+    def forward(self, x, **kwargs):
+        return x
+
+
 def test_blocks_that_do_not_fit_are_refused():
     with pytest.raises(
         ValueError, match="block: expected a block whose forward takes positions=, got Linear"
@@ -278,6 +285,12 @@ def test_blocks_that_do_not_fit_are_refused():
         dc.nn.TokenSkip(nn.Linear(D, D), dc.nn.ThresholdGate(D))
     assert "see dyncore.nn.attention for the token protocol" in str(refused.value)
     assert "a block that treats tokens one by one goes into Skip" in str(refused.value)
+    with pytest.raises(ValueError, match="block: expected a block whose forward takes positions=, got Swallowing"):
+        dc.nn.TokenSkip(Swallowing(), dc.nn.ThresholdGate(D))
+    with pytest.raises(
+        ValueError, match=r"block: expected a module that takes \[B, S, D\], got one with batch_first=False"
+    ):
+        dc.nn.MixtureOfDepths(nn.TransformerEncoderLayer(D, 4, 32), 4)
     with pytest.raises(ValueError, match=r"block: expected .* positions= and live= for inference='threshold', got MLP"):
         dc.nn.MixtureOfDepths(dc.nn.MLP(D, D), 0.5, inference="threshold")
     with pytest.raises(ValueError, match=r"block: expected an output of the shape of its input, \[2, 4, 16\]"):
