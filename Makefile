@@ -90,6 +90,7 @@ wheel: $(VENV)/.dev
 wheel-check: $(TORCHES:%=wheel-check-%)
 
 wheel-check-%:
+	@ls dist/dyncore-*manylinux*.whl  # of make wheel
 	rm -rf build/wheel-check/$* && mkdir -p build/wheel-check/$*/away
 	$(PYTHON) -m venv build/wheel-check/$*/venv
 	build/wheel-check/$*/venv/bin/python -m pip install -q torch==$* hypothesis numpy pytest

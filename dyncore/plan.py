@@ -346,7 +346,7 @@ def route_topk(logits: Tensor, k: int, *, normalize: bool = False) -> Plan:
     _expect_rows("logits", num_rows * k)
     if logits.dtype not in (torch.float32, torch.float64):
         logits = logits.float()
-    if torch.is_grad_enabled() and logits.requires_grad:
+    if torch.is_grad_enabled() and (logits.requires_grad or torch._C._are_functorch_transforms_active()):
         rows, offsets, row_offsets, row_slots, scale = apply(_RouteTopk, logits, k, normalize)
     else:
         rows, offsets, row_offsets, row_slots, _, scale, _ = _plan_route_topk(logits, k, normalize)

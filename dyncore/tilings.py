@@ -6,7 +6,6 @@ and never measured implicitly; without one, or with one of another machine, the 
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 import warnings
 from collections.abc import Mapping
@@ -27,6 +26,8 @@ UNREADABLE = (OSError, ArithmeticError, LookupError, RecursionError, TypeError, 
 
 def machine(index: int) -> dict[str, str]:
     """What a table's figures depend on."""
+    import triton
+
     import dyncore  # it imports this module
 
     device = torch.cuda.get_device_properties(index)
@@ -34,7 +35,7 @@ def machine(index: int) -> dict[str, str]:
         "device": device.name,
         "capability": f"{device.major}.{device.minor}",
         "multiprocessors": str(device.multi_processor_count),
-        "triton": importlib.metadata.version("triton"),
+        "triton": triton.__version__,
         "dyncore": dyncore.__version__,
     }
 

@@ -59,9 +59,14 @@ def _transformable(function: type[torch.autograd.Function]) -> type[torch.autogr
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
             context: _Context = inputs[-1]
             tensors = (*inputs[:-1], *output)
-            vars(ctx).update(vars(context))
+            for name, value in vars(context).items():  # under vmap ctx is a wrapper, which passes them on
+                setattr(ctx, name, value)
             ctx.save_for_backward(*(None if i is None else tensors[i] for i in context.saved))
             ctx.mark_non_differentiable(*(output[i] for i in context.constant))
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            raise RuntimeError('dyncore\'s ops have no forward derivatives (jvp) but in "masked" execution')
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -73,8 +78,10 @@ def _transformable(function: type[torch.autograd.Function]) -> type[torch.autogr
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """function.apply(*args), under the transforms of torch.func, too."""
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+    if not torch._C._are_functorch_transforms_active():
         return function.apply(*args)
+    if torch.compiler.is_compiling():  # Dynamo takes what a transform wraps for constant, but nothing computed from it
+        return function.apply(*(a.view_as(a) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args))
     context = _Context()
     outputs = _transformable(function).apply(*args, context)[: context.num_outputs]
     return outputs if len(outputs) > 1 else outputs[0]

@@ -1,6 +1,7 @@
 """Tables of tilings: buckets, files that are of use and of none, and the command that measures, on a made-up device."""
 
 import importlib
+import importlib.metadata
 import json
 import re
 import warnings
@@ -359,3 +360,16 @@ def test_env_names_the_table_in_use(device, monkeypatch):
 def test_without_a_device_tune_says_so(capsys):
     assert main(["tune", "--device", "cuda:1", "--quick"]) == 1
     assert capsys.readouterr().err == "dyncore tune: no tilings to choose from: PyTorch finds no CUDA device\n"
+
+
+def test_a_machine_is_its_device_and_the_versions_that_compile(monkeypatch):
+    device = SimpleNamespace(name="NVIDIA Z80", major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
+
+    def missing(package):  # whose module may come from a distribution of another name
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    here = tilings.machine(0)
+    assert (here["device"], here["capability"], here["multiprocessors"]) == ("NVIDIA Z80", "9.0", "132")
+    assert here["triton"] == pytest.importorskip("triton").__version__

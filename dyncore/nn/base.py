@@ -90,7 +90,9 @@ def executed(
     """Cost of each row, float of the mask's shape: 1 where live, 0 elsewhere, with the gradient and dtype of `scale`
     where there is one."""
     cost = live_rows(plan).view(shape).to(dtype if scale is None else scale.dtype)
-    return cost if scale is None else cost + (scale - scale.detach())
+    if scale is None:
+        return cost
+    return cost + torch.where(scale.isfinite(), scale - scale.detach(), 0)  # where no row is live it may be anything
 
 
 def live_rows(plan: Plan) -> Tensor:

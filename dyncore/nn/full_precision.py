@@ -31,7 +31,7 @@ def full_precision(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 # On a CUDA device one product of 16-bit operands has float32 results, which saves the casts of both operands, two
-# kernels of the six that a whole MoE layer takes. Products of halves are exact in float32, so nothing is lost by it.
+# kernels beside the six that a whole MoE layer takes. Products of halves are exact in float32: nothing is lost by it.
 
 
 @functools.cache

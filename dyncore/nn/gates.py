@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from dyncore.nn.base import Decision, expect_choice, live_rows
 from dyncore.nn.full_precision import full_precision
+from dyncore.ops.autograd import wants_grad
 from dyncore.plan import select_topk
 
 __all__ = [
@@ -127,7 +128,7 @@ class Gate(Movable):
         if self.weight == "soft":
             return p
         hard = mask.to(p.dtype)
-        return hard + (p - p.detach()) if p.requires_grad else hard
+        return hard + (p - p.detach()) if wants_grad(p) else hard
 
     def extra_repr(self) -> str:
         return f"weight={self.weight}"

@@ -14,6 +14,7 @@ from dyncore import activations
 from dyncore.nn.base import expect_choice, expect_size
 from dyncore.nn.dense_mlps import Parts, matching_parts
 from dyncore.ops import sparse_linear, sparse_mlp
+from dyncore.ops.autograd import wants_grad
 from dyncore.ops.sparse_mlp import ACTIVATIONS, SAVE
 
 _Layer = TypeVar("_Layer", bound="SparseLinear")
@@ -91,7 +92,8 @@ def _joined_weight(gate: Tensor, up: Tensor) -> Tensor:
     """[2I, H]: without a copy where they lie so in memory already and no gradient is wanted."""
     if (
         not torch.compiler.is_compiling()
-        and not (torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad))
+        and not wants_grad(gate, up)
+        and not torch._C._are_functorch_transforms_active()
         and type(gate.data) is Tensor
         and gate.is_contiguous()
         and up.is_contiguous()

@@ -18,6 +18,8 @@ def wants_grad(*tensors: Tensor | None) -> bool:
     if forward_ad._current_level >= 0:
         return True
     if torch.is_grad_enabled():
+        if torch._C._are_functorch_transforms_active():  # under vmap a tensor does not say what it is made from
+            return True
         for t in tensors:
             if t is not None and t.requires_grad:
                 return True

@@ -4,7 +4,7 @@ Floor 0, shared by the grouped ops, forward and (with weights transposed by thei
 Arithmetic: 2 A N K FLOPs on (A K + G N K + A N) elements. With m rows a group an element of weight read does 2 m
 FLOPs: below about 300 rows a group in bf16 on an H100 the weights' bandwidth bounds it, above it the tensor cores do.
 The gather costs row pointers instead of a copy: every row still comes as whole 16-byte pieces along K. Where the tiles
-are too few for the device (few rows of one narrow group), each is made in pieces of its depth (split.py).
+would leave half of the device idle (few rows of few narrow groups), each is made in pieces of its depth (split.py).
 """
 
 import torch
@@ -139,9 +139,9 @@ STEPS_OF_A_PIECE = 8  # at least: a piece is written and read again
 
 
 def num_pieces(target: Target, config: Config, depth: int, tiles: int) -> int:
-    """Pieces of its depth that a tile is made in, where there can be but `tiles` of them: none unless multiprocessors
-    would stand idle, for it takes a kernel more."""
-    if tiles >= target.processors:
+    """Pieces of its depth that a tile is made in, where there can be but `tiles` of them: none unless half of the
+    multiprocessors would stand idle, for it takes a kernel more."""
+    if 2 * tiles > target.processors:
         return 1
     places = target.processors * config.resident
     return max(1, min(places // tiles, triton.cdiv(depth, config.BK) // STEPS_OF_A_PIECE))

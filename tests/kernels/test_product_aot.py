@@ -144,8 +144,8 @@ def test_few_rows_of_one_narrow_group_in_pieces_of_their_depth(gated):
 def test_pieces_of_a_product_fill_the_device_but_stay_deep_enough_to_pay():
     config, device = configs.Config(16, 64, 128, 4, 4, 3), configs.Target(90, 132, False)
     assert products.num_pieces(device, config, 16384, 64) == 6
-    assert products.num_pieces(device, config, 16384, 131) == 3
-    assert products.num_pieces(device, config, 16384, 132) == 1
+    assert products.num_pieces(device, config, 16384, 66) == 6
+    assert products.num_pieces(device, config, 16384, 67) == 1
     assert products.num_pieces(device, config, 16384, 1) == 16
     assert products.num_pieces(device, config, 2048, 64) == 2
     assert products.num_pieces(device, config, 2047 - 128, 64) == 1

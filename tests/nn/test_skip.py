@@ -231,3 +231,12 @@ def test_a_plain_function_is_a_gate():
     assert 0 < int(small.sum()) < 24
     assert torch.equal(out[small], x[small])
     assert not torch.equal(out[~small], x[~small])
+
+
+def test_a_scale_that_is_no_number_where_no_row_is_live_leaves_the_cost_alone():
+    scale = torch.tensor([1.0, float("nan"), 0.5, float("inf")], requires_grad=True)
+    layer = dc.nn.Skip(nn.Linear(D, D), lambda x: (torch.tensor([True, False, True, False]), scale))
+    layer(torch.randn(4, D))
+    assert layer.last_cost.tolist() == [1.0, 0.0, 1.0, 0.0]
+    (grad,) = torch.autograd.grad(layer.last_cost.sum(), scale)
+    assert grad.tolist() == [1.0, 0.0, 1.0, 0.0]
