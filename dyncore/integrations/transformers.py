@@ -28,6 +28,7 @@ NAME = "dyncore"
 INSTALL = 'pip install --upgrade "dyncore[transformers]"'
 # what a class of experts may declare about itself, all of it followed below; the first four are in every version served
 LAYOUT = ("is_concatenated", "is_transposed", "has_bias", "has_gate", "has_post_expert_norm")
+_HALVES = (torch.bfloat16, torch.float16)
 _GATED_BY = {gate: gated for gated, gate in GATED.items()}
 
 
@@ -184,6 +185,13 @@ def _route(expert: Tensor, weight: Tensor, num_experts: int) -> Plan:
     return route(expert, weight, num_groups=num_experts)
 
 
+def _holds_weights_alone(module: Any) -> bool:
+    """Whether the module's own gate can meet no parameter of the module's dtype."""
+    if module._buffers or len(module._parameters) > (4 if module.has_bias else 2):
+        return False
+    return not any(child._parameters or child._buffers or child._modules for child in module._modules.values())
+
+
 def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """What transformers calls in place of the forward of an experts module.
 
@@ -211,6 +219,8 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
         y = grouped_mlp(x, w_in, w_out, b_in, b_out, plan=plan, activation=activation)
     else:
         hidden = grouped_linear(x, w_in, b_in, plan=plan, scatter=False)
+        if hidden.dtype in _HALVES and _holds_weights_alone(module):
+            hidden = hidden.float()  # a gate of several steps rounds at the last alone
         hidden = (module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)).to(w_out.dtype)
         if getattr(module, "has_post_expert_norm", False):
             slots = grouped_linear(hidden, w_out, b_out, plan=plan, gather=False, scatter=False)

@@ -110,7 +110,9 @@ def test_every_layout_in_every_dtype(layout, dtype):
     want = results(module, "eager", x, index, weight.to(weight_dtype))
     assert (got[0].dtype, got[2].dtype) == (dtype, weight_dtype)
     if integration._fused(module) is None and dtype in (torch.bfloat16, torch.float16):
-        # a gate computed by torch rounds at each of its steps, here as in eager
+        if not module.has_post_expert_norm:
+            assert_values(got[0], want[0], dtype)
+        # what goes from an op to torch and back is rounded more often than within one op, here as in eager
         rivals = results(module, "eager", x, index, weight, dtype, weight_dtype)
         for a, b, rival in zip(got, want, rivals, strict=True):
             assert rms_error(a, b) <= 1.1 * rms_error(rival, b)
