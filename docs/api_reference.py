@@ -23,7 +23,7 @@ def build(folder: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             warnings.filterwarnings("ignore", "Error parsing type annotation ForwardRef")  # of a NamedTuple's __new__
-            pdoc.pdoc("dyncore", "dyncore.integrations.transformers", INSIDE, output_directory=folder)
+            pdoc.pdoc("dyncore", INSIDE, output_directory=folder)
     finally:
         for method, doc in before.items():
             method.__doc__ = doc
