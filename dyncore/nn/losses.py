@@ -5,6 +5,7 @@ Functions of tensors; layers offer theirs by `layer.losses()` and `collect_losse
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -58,3 +59,86 @@ def compute_target(costs: Tensor | Iterable[Tensor], target: float, weights: Ite
             raise TypeError(f"costs: expected a Tensor or an iterable of them, got one of {type(cost).__name__}")
     means = torch.stack([w * c.sum() / max(c.numel(), 1) for w, c in zip(shares, layers, strict=True)])
     return (means.sum() / sum(shares) - target).square()
+
+
+def ponder(steps: Tensor, remainder: Tensor) -> Tensor:
+    """Mean ponder cost N + R of adaptive computation time (Graves 2016): `steps` N taken by each row, which have no
+    gradient, and `remainder` R of each, which has one.
+
+    A scalar; 0 for no rows. Raises ValueError on shapes that differ.
+    """
+    if steps.shape != remainder.shape:
+        raise ValueError(f"remainder: expected the shape of steps, {list(steps.shape)}, got {list(remainder.shape)}")
+    return (steps.detach().to(remainder.dtype) + remainder).sum() / max(remainder.numel(), 1)
+
+
+def ponder_kl(probabilities: Tensor, prior: float) -> Tensor:
+    """Mean KL divergence of halting probabilities from a geometric prior (PonderNet, Banino 2021).
+
+    Args:
+        probabilities: float [K, ...], the probability that a row halts after each of the K steps, with sum 1.
+        prior: halting probability of one step, in 0..1 (both excluded), cut off after K steps and normalised; long
+            enough, it has 1 / prior steps in the mean.
+
+    A scalar; 0 for no rows. Raises ValueError on a prior outside its range.
+    """
+    if not 0.0 < prior < 1.0:
+        raise ValueError(f"prior: expected a number in 0..1 (both excluded), got {prior}")
+    steps = torch.arange(probabilities.shape[0], device=probabilities.device, dtype=probabilities.dtype)
+    log_prior = torch.log_softmax(steps * math.log1p(-prior), 0).view(-1, *(1,) * (probabilities.dim() - 1))
+    tiny = torch.finfo(probabilities.dtype).tiny  # 0 log 0 is 0, with a gradient
+    terms = probabilities * (probabilities.clamp(min=tiny).log() - log_prior)
+    return terms.sum() / max(probabilities[0].numel(), 1)
+
+
+def expected(losses: Tensor, probabilities: Tensor) -> Tensor:
+    """Mean over rows of the sum over steps of probability * loss (PonderNet, Banino 2021).
+
+    Args:
+        losses: float [K, ...], the loss of each row if it halted after each of the K steps.
+        probabilities: float [K, ...], that it does.
+
+    A scalar; 0 for no rows. Raises ValueError on shapes that differ.
+    """
+    if losses.shape != probabilities.shape:
+        shapes = f"{list(losses.shape)}, got {list(probabilities.shape)}"
+        raise ValueError(f"probabilities: expected the shape of losses, {shapes}")
+    return (losses * probabilities).sum() / max(losses[0].numel(), 1)
+
+
+def l1(activations: Tensor) -> Tensor:
+    """Mean absolute activation, which a ReLU network learns to keep at 0 (Georgiadis 2019). A scalar; 0 for none."""
+    return activations.abs().sum() / max(activations.numel(), 1)
+
+
+def square_hoyer(activations: Tensor) -> Tensor:
+    """Mean over rows of (sum |a|)^2 / sum a^2 of activations [..., I] (Kurtz 2020; D2DMoE, Szatkowski 2024).
+
+    Between 1 (one activation is not 0) and I (all are equal), whatever their size: it makes activations sparse without
+    making them small. A scalar; rows of zeros count as 0, and no rows give 0.
+    """
+    if activations.dim() < 1:
+        raise ValueError("activations: expected at least 1 dimension, got shape []")
+    squares = activations.square().sum(-1)
+    some = squares > 0
+    ratio = activations.abs().sum(-1).square() / torch.where(some, squares, 1)
+    return torch.where(some, ratio, 0).sum() / max(ratio.numel(), 1)
+
+
+def reinforce(log_probability: Tensor, reward: Tensor, baseline: Tensor | float = 0.0) -> Tensor:
+    """Mean of -(reward - baseline) * log_probability, whose gradient is that of the expected reward (Williams 1992).
+
+    Args:
+        log_probability: float [B], of the actions sampled (`BernoulliPolicy.last_log_probability`).
+        reward: float [B], what they earned; no gradient.
+        baseline: float [B] or a number; no gradient. The reward of the policy's most probable actions makes it
+            self-critical (Rennie 2017; BlockDrop, Wu 2018).
+
+    A scalar; 0 for no rows. Raises ValueError on shapes that differ.
+    """
+    for name, value in (("reward", reward), ("baseline", baseline)):
+        if isinstance(value, Tensor) and value.dim() and value.shape != log_probability.shape:
+            shape = list(log_probability.shape)
+            raise ValueError(f"{name}: expected the shape of log_probability, {shape}, got {list(value.shape)}")
+    advantage = (reward - baseline).detach()
+    return -(advantage * log_probability).sum() / max(log_probability.numel(), 1)

@@ -30,7 +30,63 @@ def test_compute_target_is_the_squared_miss_of_the_mean():
     torch.testing.assert_close(a.grad, torch.full((4,), 2 * 0.25 / 4))
 
 
+def test_ponder_is_the_mean_of_steps_and_remainders():
+    remainder = torch.tensor([0.25, 0.75], requires_grad=True)
+    loss = losses.ponder(torch.tensor([3, 1]), remainder)
+    assert float(loss.detach()) == pytest.approx((3.25 + 1.75) / 2)
+    loss.backward()
+    torch.testing.assert_close(remainder.grad, torch.tensor([0.5, 0.5]))
+
+
+def test_ponder_kl_is_zero_at_the_prior_and_follows_the_definition():
+    prior = torch.tensor([0.8**n for n in range(5)])
+    prior = prior / prior.sum()
+    assert float(losses.ponder_kl(prior[:, None].expand(5, 3), 0.2)) == pytest.approx(0.0, abs=1e-6)
+    p = torch.tensor([[0.5, 0.0], [0.3, 0.0], [0.2, 0.0], [0.0, 0.0], [0.0, 1.0]], requires_grad=True)
+    loss = losses.ponder_kl(p, 0.2)
+    live = p.detach()
+    want = sum(float(q * (q / r).log()) for row, r in zip(live, prior, strict=True) for q in row if q > 0) / 2
+    assert float(loss.detach()) == pytest.approx(want)
+    loss.backward()
+    assert p.grad.isfinite().all()
+
+
+def test_expected_weighs_the_loss_of_each_step():
+    values, p = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[0.5, 1.0], [0.5, 0.0]])
+    assert float(losses.expected(values, p)) == pytest.approx((2.0 + 2.0) / 2)
+
+
+def test_l1_is_the_mean_size():
+    assert float(losses.l1(torch.tensor([[-1.0, 0.0], [2.0, 1.0]]))) == pytest.approx(1.0)
+
+
+def test_square_hoyer_counts_equal_activations_whatever_their_size():
+    h = torch.zeros(3, 8)
+    h[0, :4], h[1, 2] = -7.0, 0.01
+    h.requires_grad_()
+    loss = losses.square_hoyer(h)
+    assert float(loss.detach()) == pytest.approx((4 + 1 + 0) / 3)
+    loss.backward()
+    assert h.grad.isfinite().all()
+
+
+def test_reinforce_follows_the_gradient_of_the_expected_reward():
+    torch.manual_seed(0)
+    logit = torch.tensor(0.3, requires_grad=True)
+    p = torch.sigmoid(logit)
+    share = p.item()
+    action = torch.bernoulli(p.detach().expand(200_000))
+    log_probability = torch.where(action > 0, p.log(), (1 - p).log())
+    (grad,) = torch.autograd.grad(losses.reinforce(log_probability, 3 * action, 1.5), logit)
+    assert float(grad) == pytest.approx(-3 * share * (1 - share), rel=0.02)  # of -E[reward] = -3 p
+
+
 def test_no_rows_cost_nothing():
+    assert float(losses.ponder(torch.zeros(0), torch.zeros(0))) == 0.0
+    assert float(losses.ponder_kl(torch.zeros(3, 0), 0.5)) == 0.0
+    assert float(losses.expected(torch.zeros(3, 0), torch.zeros(3, 0))) == 0.0
+    assert float(losses.l1(torch.zeros(0, 4))) == float(losses.square_hoyer(torch.zeros(0, 4))) == 0.0
+    assert float(losses.reinforce(torch.zeros(0), torch.zeros(0))) == 0.0
     assert float(losses.load_balance(torch.zeros(0, 3), torch.zeros(3))) == 0.0
     assert float(losses.router_z(torch.zeros(0, 3))) == 0.0
     assert float(losses.compute_target(torch.zeros(0), 0.5)) == 0.25
@@ -46,3 +102,13 @@ def test_bad_arguments_are_named():
             losses.compute_target(costs, 0.5)
     with pytest.raises(ValueError, match="weights: expected 1 of them, one a layer, got 2"):
         losses.compute_target([torch.rand(3)], 0.5, weights=[1.0, 2.0])
+    with pytest.raises(ValueError, match=r"remainder: expected the shape of steps, \[3\], got \[2\]"):
+        losses.ponder(torch.ones(3), torch.ones(2))
+    with pytest.raises(ValueError, match=r"prior: expected a number in 0..1 \(both excluded\), got 1.0"):
+        losses.ponder_kl(torch.rand(3, 2), 1.0)
+    with pytest.raises(ValueError, match=r"probabilities: expected the shape of losses, \[3, 2\], got \[3\]"):
+        losses.expected(torch.rand(3, 2), torch.rand(3))
+    with pytest.raises(ValueError, match=r"reward: expected the shape of log_probability, \[4\], got \[4, 1\]"):
+        losses.reinforce(torch.rand(4), torch.rand(4, 1))
+    with pytest.raises(ValueError, match=r"activations: expected at least 1 dimension, got shape \[\]"):
+        losses.square_hoyer(torch.tensor(1.0))
