@@ -1,13 +1,14 @@
 """What the examples share: real images, training, and one model's curve of accuracy, FLOPs and wall clock.
 
 Every example trains a dynamic network once and then moves its thresholds; `run(quick)` returns the curve as a `Result`,
-and `python examples/NAME.py` prints it. Needs the extra dyncore[bench].
+and `python -m examples.NAME` prints it. Needs the extra dyncore[bench].
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -182,6 +183,11 @@ def curve(
     return points[0], points[1:]
 
 
+def times(result: Result, point: Point) -> tuple[float, float]:
+    """(times fewer FLOPs, times faster) than the dense network."""
+    return result.dense.flops / point.flops if point.flops else math.inf, result.dense.ms / point.ms
+
+
 def table(result: Result) -> str:
     """The curve as text: what the FLOPs promise, what the clock gives."""
     lines = [
@@ -189,7 +195,7 @@ def table(result: Result) -> str:
         f"{'threshold':>10}{'accuracy':>10}{'MFLOP':>9}{'ms':>9}{'alone ms':>10}{'FLOPs x':>9}{'time x':>8}{'SE':>6}",
     ]
     for point in [result.dense, *result.points]:
-        fewer, faster = result.dense.flops / max(point.flops, 1.0), result.dense.ms / point.ms
+        fewer, faster = times(result, point)
         name = "dense" if point.threshold is None else f"{point.threshold:.4g}"
         lines.append(
             f"{name:>10}{point.accuracy:10.1%}{point.flops / 1e6:9.2f}{point.ms:9.3f}{point.single_ms:10.3f}"

@@ -1,0 +1,34 @@
+"""examples/zoo.py: its table says what the curves hold, and a run of some examples keeps the others."""
+
+import pytest
+
+from dyncore.measure import read_results
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+from examples import zoo
+from examples.common import Point, Result
+
+
+def made_up(name: str) -> Result:
+    dense = Point(None, 0.95, 8e6, 2.0, 4.0)
+    return Result(name, dense, [Point(0.5, 0.9, 4e6, 1.25, 2.0), Point(0.1, 0.8, 0.0, 0.5, 1.0)], "why")
+
+
+def test_the_table_has_ratios_to_the_dense_network():
+    text = zoo.markdown([made_up("Skip")])
+    assert "| Skip | 0.5 | 90.0% | 95.0% | 2.00x | 1.60x | 0.80 | 2.00x |" in text
+    assert "- Skip: why" in text
+
+
+def test_curves_are_written_merged_and_read_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(zoo, "NAMES", ("first", "second"))
+    monkeypatch.setattr(zoo, "run", lambda name, quick: made_up(f"{name}, {quick}"))
+    out = tmp_path / "zoo"
+    zoo.main(["--quick", "--out", str(out)])
+    zoo.main(["--only", "second", "--out", str(out)])
+    records = read_results(out.with_suffix(".json"))["records"]
+    assert [record["example"] for record in records] == ["first", "second"]
+    assert zoo.as_result(records[0]) == made_up("first, True")
+    assert out.with_suffix(".png").stat().st_size > 1000
+    assert "second, False" in out.with_suffix(".md").read_text()
