@@ -2,7 +2,8 @@
 
 A `Plan` lists what is to be computed: slots, pairs (row, group). `select`, `select_topk`, `route`, `route_topk` and
 `route_mask` make one; `gather_rows`, `scatter_rows`, `grouped_linear` and `grouped_mlp` take one. `sparse_linear` and
-`sparse_mlp` find the zeros of a ReLU themselves. `execution` says whether they skip.
+`sparse_mlp` find the zeros of a ReLU themselves. `compact` and `expand` move whole samples for any module to run on.
+`execution` says whether ops skip.
 
 - `dyncore.nn`: dynamic layers, gates and losses
 - `dyncore.convert`: models made to skip, in place
@@ -20,7 +21,16 @@ import torch as _torch  # noqa: F401  # first, so that the C++ kernels share its
 from dyncore import backends as _backends  # noqa: F401  # registers the ops
 from dyncore import ops
 from dyncore.execution import execution
-from dyncore.ops import gather_rows, grouped_linear, grouped_mlp, scatter_rows, sparse_linear, sparse_mlp
+from dyncore.ops import (
+    compact,
+    expand,
+    gather_rows,
+    grouped_linear,
+    grouped_mlp,
+    scatter_rows,
+    sparse_linear,
+    sparse_mlp,
+)
 from dyncore.plan import Plan, route, route_mask, route_topk, select, select_topk
 
 if TYPE_CHECKING:
@@ -30,8 +40,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Plan",
+    "compact",
     "convert",
     "execution",
+    "expand",
     "gather_rows",
     "grouped_linear",
     "grouped_mlp",
