@@ -126,23 +126,22 @@ def _by_rows(t: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
     return _shaped(out, torch.Size((out.shape[0], *t.shape[1:])), order)
 
 
-def _order(t: Tensor) -> list[int]:
-    """The trailing dimensions of t as they lie in memory, outermost first."""
-    trailing = list(range(1, t.dim()))
-    return trailing if t.is_contiguous() else sorted(trailing, key=t.stride, reverse=True)
+def _order(t: Tensor) -> list[int] | None:
+    """The trailing dimensions of t as they lie in memory, outermost first; None where that is their own order."""
+    return None if t.is_contiguous() else sorted(range(1, t.dim()), key=t.stride, reverse=True)
 
 
-def _flat(t: Tensor, order: list[int]) -> Tensor:
+def _flat(t: Tensor, order: list[int] | None) -> Tensor:
     """t as [T, D], its trailing dimensions in this order; no copy where they are dense in it."""
     if t.dim() == 2:
         return t
-    return t.permute(0, *order).reshape(t.shape[0], math.prod(t.shape[1:]))
+    return (t if order is None else t.permute(0, *order)).reshape(t.shape[0], math.prod(t.shape[1:]))
 
 
-def _shaped(flat: Tensor, shape: torch.Size, order: list[int]) -> Tensor:
+def _shaped(flat: Tensor, shape: torch.Size, order: list[int] | None) -> Tensor:
     """The reverse of `_flat`."""
-    if len(shape) == 2:
-        return flat
+    if order is None or len(shape) == 2:
+        return flat.view(shape)
     t = flat.view(shape[0], *(shape[d] for d in order))
     back = [0] * len(shape)
     for place, d in enumerate(order):
