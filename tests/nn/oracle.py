@@ -40,6 +40,9 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "token_skip_topk": lambda: dc.nn.TokenSkip(block(causal=False), dc.nn.TopKGate(D, 5), "all_keys"),
     "moe": lambda: dc.nn.MoE(D, 24, 6, 2, shared_experts=1, bias=True),
     "moe_top1": lambda: dc.nn.MoE(D, 24, 6, 1, activation="gelu"),
+    "dynamic_width": lambda: dc.nn.DynamicWidthMLP(D, 24, 4, activation="swiglu"),
+    "acm": lambda: dc.nn.ACM(D, 3, 8).eval(),  # its gate draws noise in training
+    "acm_linear": lambda: dc.nn.ACMLinear(D, D, 4).eval(),
     "moe_expert_choice": lambda: dc.nn.MoE(D, 24, 6, 2, routing="expert_choice"),
 }
 
