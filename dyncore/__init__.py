@@ -3,7 +3,7 @@
 A `Plan` lists what is to be computed: slots, pairs (row, group). `select`, `select_topk`, `route`, `route_topk` and
 `route_mask` make one; `gather_rows`, `scatter_rows`, `grouped_linear` and `grouped_mlp` take one. `sparse_linear` and
 `sparse_mlp` find the zeros of a ReLU themselves. `compact` and `expand` move whole samples for any module to run on.
-`execution` says whether ops skip.
+`attention` takes tokens by their positions. `execution` says whether ops skip.
 
 - `dyncore.nn`: dynamic layers, gates and losses
 - `dyncore.convert`: models made to skip, in place
@@ -22,6 +22,7 @@ from dyncore import backends as _backends  # noqa: F401  # registers the ops
 from dyncore import ops
 from dyncore.execution import execution
 from dyncore.ops import (
+    attention,
     compact,
     expand,
     gather_rows,
@@ -40,6 +41,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Plan",
+    "attention",
     "compact",
     "convert",
     "execution",

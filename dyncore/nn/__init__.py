@@ -4,6 +4,7 @@ from dyncore.nn import attention, experts, gates, losses
 from dyncore.nn.acm import ACM, ACMLinear, CountGate
 from dyncore.nn.attention import Attention, TransformerBlock
 from dyncore.nn.base import Decision, DynamicLayer, collect_costs, collect_losses
+from dyncore.nn.cache import KeyValueCache
 from dyncore.nn.dynamic_width import BlockGate, BlockMLP, DynamicWidthMLP
 from dyncore.nn.gates import GumbelGate, StraightThroughGate, ThresholdGate, TopKGate
 from dyncore.nn.mlp import MLP
@@ -24,6 +25,7 @@ __all__ = [
     "DynamicLayer",
     "DynamicWidthMLP",
     "GumbelGate",
+    "KeyValueCache",
     "MixtureOfDepths",
     "MoE",
     "Skip",

@@ -32,6 +32,7 @@ from dyncore.nn.base import (
     merge,
     plan_of,
 )
+from dyncore.nn.cache import KeyValueCache
 from dyncore.nn.full_precision import full_precision
 from dyncore.nn.gates import Capacity, Movable
 from dyncore.ops import gather_rows
@@ -43,7 +44,10 @@ ROUTER_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "linear": lambda r: r,
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
+    "hard": lambda r: 1 + (torch.sigmoid(r) - torch.sigmoid(r).detach()),
 }
+# the block on tokens [B, N, D], their positions or None for all, which are live or None for all, and the context
+Call = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
 
 
 def _accepted(block: nn.Module) -> tuple[str, ...]:
@@ -51,7 +55,7 @@ def _accepted(block: nn.Module) -> tuple[str, ...]:
     transformers do, and swallow what they do not know."""
     block = getattr(block, "_orig_mod", block)  # of torch.compile
     parameters = inspect.signature(block.forward if isinstance(block, nn.Module) else block).parameters
-    return tuple(name for name in ("positions", "live", "context") if name in parameters)
+    return tuple(name for name in ("positions", "live", "context", "cache") if name in parameters)
 
 
 def _width(block: nn.Module) -> int:
@@ -82,29 +86,40 @@ class _TokenLayer(DynamicLayer):
         self.returns: str = expect_choice("returns", returns, RETURNS)
         self._names = _accepted(block)
 
-    def _by_decision(self, x: Tensor, decision: Decision) -> Tensor:
+    def _by_decision(self, x: Tensor, decision: Decision, call: Call, start: int = 0) -> Tensor:
         mask, scale, count = decision
         plan = plan_of(decision)
         self.record(plan, functools.partial(executed, plan, mask.shape, scale))
         if count is not None:
-            return self._run(x, mask, scale, plan, count, even=True)
+            return self._run(x, mask, scale, plan, count, call, start)
         if not plan.exact or not mask.numel():  # nobody has counted: the static bound is every token
-            return self._run(x, mask, scale, plan, x.shape[1], even=False)
+            return self._run(x, mask, scale, plan, x.shape[1], call, start, even=False)
         counts = mask.sum(1)
         shortest, longest = int(counts.min()), int(counts.max())
         if shortest < longest:
             plan = first_live(mask, longest, scale)
-        return self._run(x, mask, scale, plan, longest, even=shortest == longest)
+        return self._run(x, mask, scale, plan, longest, call, start, even=shortest == longest)
 
-    def _run(self, x: Tensor, mask: Tensor, scale: Tensor | None, plan: Plan, count: int, even: bool) -> Tensor:
-        """x with the block applied where mask [B, S] says so; `plan` holds `count` tokens of each sequence, all of them
-        selected if `even`."""
+    def _run(
+        self,
+        x: Tensor,
+        mask: Tensor,
+        scale: Tensor | None,
+        plan: Plan,
+        count: int,
+        call: Call,
+        start: int = 0,
+        *,
+        even: bool = True,
+    ) -> Tensor:
+        """x, whose first token has the position `start`, with the block applied where mask [B, S] says so; `plan` holds
+        `count` tokens of each sequence, all of them selected if `even`."""
         batch, seq, width = x.shape
         rows, flat = x.reshape(batch * seq, width), mask.reshape(-1)
         if mode() == "masked" or count == seq:
             whole = even and count == seq
             live = x if whole else torch.where(mask[:, :, None], x, 0)
-            y = self._call(live, None, None if whole else mask, None if whole else x).reshape(rows.shape)
+            y = call(live, None, None if whole else mask, None if whole else x).reshape(rows.shape)
             scale = None if scale is None else scale.reshape(-1)
             y = changed(live.reshape(rows.shape), y, scale, None if whole else flat, self.returns)
             return (y if whole else torch.where(flat[:, None], y, rows)).view(x.shape)
@@ -112,16 +127,27 @@ class _TokenLayer(DynamicLayer):
         if not even:
             used = flat.index_select(0, plan.rows)
             live = torch.where(used[:, None], live, 0)
-        positions = (plan.rows % seq).view(batch, count)
+        positions = (plan.rows % seq).view(batch, count) + start
         alive = None if used is None else used.view(batch, count)
-        y = self._call(live.view(batch, count, width), positions, alive, x).reshape(live.shape)
+        y = call(live.view(batch, count, width), positions, alive, x).reshape(live.shape)
         return merge(rows, live, y, plan, flat, used, self.returns).view(x.shape)
 
-    def _call(self, tokens: Tensor, positions: Tensor | None, live: Tensor | None, context: Tensor | None) -> Tensor:
-        if not tokens.numel():
-            return linked(tokens, self.block)
-        protocol = {"positions": positions, "live": live, "context": context if self._all_keys else None}
-        return expect_like("block", self.block(tokens, **{name: protocol[name] for name in self._names}), tokens)
+    def _caller(self, cache: KeyValueCache | None) -> Call:
+        """The block as the token protocol has it."""
+        if cache is not None and "cache" not in self._names:
+            raise ValueError(f"cache: expected a block whose forward takes cache=, got {type(self.block).__name__}")
+
+        def call(tokens: Tensor, positions: Tensor | None, live: Tensor | None, context: Tensor | None) -> Tensor:
+            context = context if self._all_keys else None
+            if not tokens.numel() and (cache is None or context is None):  # a cache remembers the keys of a context
+                return linked(tokens, self.block)
+            if cache is not None and positions is None:  # so that the layer counts the tokens, and not the block
+                positions = torch.arange(cache.seen, cache.seen + tokens.shape[1], device=tokens.device)
+                positions = positions.expand(tokens.shape[:2])
+            protocol = {"positions": positions, "live": live, "context": context, "cache": cache}
+            return expect_like("block", self.block(tokens, **{name: protocol[name] for name in self._names}), tokens)
+
+        return call
 
     def extra_repr(self) -> str:
         return f"returns={self.returns}"
@@ -166,13 +192,17 @@ class TokenSkip(_TokenLayer):
                     "dyncore.nn.attention for the token protocol; a block that treats tokens one by one goes into Skip"
                 )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Sequences x [B, S, D] with the selected tokens through the block, the others as they are."""
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Sequences x [B, S, D] with the selected tokens through the block, the others as they are. With a cache x are
+        the tokens that follow those of earlier calls with it: prefill and decoding give what one call on all gives."""
         _expect_sequences(x)
         decision = decide(self.gate, x)
         if decision.mask.dim() != 2:
             raise ValueError(f"gate: expected a mask [B, S], got shape {list(decision.mask.shape)}")
-        return self._by_decision(x, decision)
+        y = self._by_decision(x, decision, self._caller(cache), 0 if cache is None else cache.seen)
+        if cache is not None:
+            cache.seen += x.shape[1]
+        return y
 
     def extra_repr(self) -> str:
         return f"attention={self.attention}, {super().extra_repr()}"
@@ -188,7 +218,8 @@ class MixtureOfDepths(Capacity, Movable, _TokenLayer):
             sees the selected tokens side by side, in order; "masked" execution equals it if it treats each alone.
         capacity: tokens of each sequence that are computed; a float is a ratio (1.0: all), an int a count (1: one).
         dim: D, where it can't be read from the block. router: a module [B, S, D] -> [B, S, 1] instead of a Linear.
-        weight: what the score multiplies f with: "linear" (r itself, as in the paper), "sigmoid", "tanh".
+        weight: what the score multiplies f with: "linear" (r itself, as in the paper), "sigmoid", "tanh", "hard" (1,
+            with the gradient of the sigmoid: chosen tokens come out as from the block alone).
         inference: how tokens are chosen in evaluation. Training always takes the top k.
             "topk": as in training; not causal, since it compares with later tokens.
             "predictor": by a small network on x, which the loss "predictor" teaches to foretell membership; causal.
@@ -233,14 +264,24 @@ class MixtureOfDepths(Capacity, Movable, _TokenLayer):
             )
         self.register_buffer("threshold", torch.tensor(0.5))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Sequences x [B, S, D] with the chosen tokens through the block, the others as they are."""
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Sequences x [B, S, D] with the chosen tokens through the block, the others as they are. A cache as in
+        `TokenSkip`, for the causal modes of inference."""
         _expect_sequences(x)
+        if cache is not None and (self.training or self.inference == "topk"):
+            how = "training" if self.training else "inference='topk'"
+            raise ValueError(f"cache: expected None where tokens are compared with later ones, got a cache in {how}")
+        y = self._mix(x, self._caller(cache), 0 if cache is None else cache.seen)
+        if cache is not None:
+            cache.seen += x.shape[1]
+        return y
+
+    def _mix(self, x: Tensor, call: Call, start: int = 0) -> Tensor:
         scores = full_precision(self.router, x).squeeze(-1)
         scale = ROUTER_WEIGHTS[self.weight](scores)
         if not self.training and self.inference != "topk":
             logits = scores if self.inference == "threshold" else self._predict(x)
-            return self._by_decision(x, Decision(torch.sigmoid(logits) > self.threshold, scale))
+            return self._by_decision(x, Decision(torch.sigmoid(logits) > self.threshold, scale), call, start)
         count = self.kept(x.shape[1])
         plan = select_topk(scores, count, scale)
         mask = live_rows(plan).view(scores.shape)
@@ -250,7 +291,7 @@ class MixtureOfDepths(Capacity, Movable, _TokenLayer):
             auxiliary = F.binary_cross_entropy_with_logits(logits, mask.to(logits.dtype))
         cost = functools.partial(executed, plan, mask.shape, dtype=scores.dtype)
         self.record(plan, cost, _auxiliary=auxiliary)
-        return self._run(x, mask, scale, plan, count, even=True)
+        return self._run(x, mask, scale, plan, count, call, start)
 
     def _predict(self, x: Tensor) -> Tensor:
         if self.predictor is None:

@@ -1,6 +1,7 @@
 """The ops, differentiable, one file each: gather - compute - scaled scatter over the slots of a plan; and products that
-skip the zeros of a ReLU; and compaction of whole samples for any module."""
+skip the zeros of a ReLU; compaction of whole samples for any module; and attention by position."""
 
+from dyncore.ops.attention import attention
 from dyncore.ops.compact import compact, expand
 from dyncore.ops.gather_rows import gather_rows
 from dyncore.ops.grouped_linear import grouped_linear
@@ -10,6 +11,7 @@ from dyncore.ops.sparse_linear import sparse_linear
 from dyncore.ops.sparse_mlp import sparse_mlp
 
 __all__ = [
+    "attention",
     "compact",
     "expand",
     "gather_rows",
