@@ -11,6 +11,7 @@ from dyncore.nn.mlp import MLP
 from dyncore.nn.moe import MoE
 from dyncore.nn.skip import Skip
 from dyncore.nn.sparse_mlp import SparseLinear, SparseMLP
+from dyncore.nn.token_drop import LocalGlobalScore, TokenDrop, TokenMerge
 from dyncore.nn.tokens import MixtureOfDepths, TokenSkip
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "DynamicWidthMLP",
     "GumbelGate",
     "KeyValueCache",
+    "LocalGlobalScore",
     "MixtureOfDepths",
     "MoE",
     "Skip",
@@ -33,6 +35,8 @@ __all__ = [
     "SparseMLP",
     "StraightThroughGate",
     "ThresholdGate",
+    "TokenDrop",
+    "TokenMerge",
     "TokenSkip",
     "TopKGate",
     "TransformerBlock",
