@@ -20,6 +20,7 @@ PUBLIC = (
     "dyncore.nn.experts",
     "dyncore.nn.gates",
     "dyncore.nn.losses",
+    "dyncore.nn.policies",
     "dyncore.ops",
     "dyncore.measure",
     "dyncore.convert",

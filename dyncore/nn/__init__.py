@@ -1,14 +1,27 @@
 """Dynamic layers: drop-in modules that skip what their gate or router says, with gradients through the skip."""
 
-from dyncore.nn import attention, experts, gates, losses
+from dyncore.nn import attention, experts, gates, losses, policies
 from dyncore.nn.acm import ACM, ACMLinear, CountGate
 from dyncore.nn.attention import Attention, TransformerBlock
 from dyncore.nn.base import Decision, DynamicLayer, collect_costs, collect_losses
+from dyncore.nn.branch import Branch, Hierarchy
 from dyncore.nn.cache import KeyValueCache
+from dyncore.nn.choices import Choices
 from dyncore.nn.dynamic_width import BlockGate, BlockMLP, DynamicWidthMLP
-from dyncore.nn.gates import GumbelGate, StraightThroughGate, ThresholdGate, TopKGate
+from dyncore.nn.gates import (
+    ChoiceGate,
+    GumbelGate,
+    HardConcreteGate,
+    RectifiedGate,
+    StraightThroughGate,
+    ThresholdGate,
+    TopKGate,
+)
+from dyncore.nn.halting import AdaptiveDepth, FeatureScore
 from dyncore.nn.mlp import MLP
 from dyncore.nn.moe import MoE
+from dyncore.nn.policies import BernoulliPolicy
+from dyncore.nn.policy_skip import PolicySkip
 from dyncore.nn.skip import Skip
 from dyncore.nn.sparse_mlp import SparseLinear, SparseMLP
 from dyncore.nn.token_drop import LocalGlobalScore, TokenDrop, TokenMerge
@@ -18,18 +31,27 @@ __all__ = [
     "ACM",
     "MLP",
     "ACMLinear",
+    "AdaptiveDepth",
     "Attention",
+    "BernoulliPolicy",
     "BlockGate",
     "BlockMLP",
+    "Branch",
+    "ChoiceGate",
+    "Choices",
     "CountGate",
     "Decision",
     "DynamicLayer",
     "DynamicWidthMLP",
     "GumbelGate",
+    "HardConcreteGate",
+    "Hierarchy",
     "KeyValueCache",
     "LocalGlobalScore",
     "MixtureOfDepths",
     "MoE",
+    "PolicySkip",
+    "RectifiedGate",
     "Skip",
     "SparseLinear",
     "SparseMLP",
@@ -46,4 +68,5 @@ __all__ = [
     "experts",
     "gates",
     "losses",
+    "policies",
 ]

@@ -20,14 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dyncore.nn.base import Decision, expect_choice, live_rows
+from dyncore.nn.base import Decision, expect_choice, expect_size, live_rows
+from dyncore.nn.choices import Choices
 from dyncore.nn.full_precision import full_precision
 from dyncore.ops.autograd import wants_grad
 from dyncore.plan import select_topk
 
 __all__ = [
+    "ChoiceGate",
     "Gate",
     "GumbelGate",
+    "HardConcreteGate",
+    "RectifiedGate",
     "StraightThroughGate",
     "ThresholdGate",
     "TopKGate",
@@ -51,6 +55,12 @@ def pool_tokens(x: Tensor) -> Tensor:
 def shown(buffer: Tensor) -> str:
     """A scalar buffer for a repr."""
     return "?" if buffer.is_meta else f"{float(buffer):.4g}"
+
+
+def _logistic(like: Tensor) -> Tensor:
+    """Logistic noise: the difference of two Gumbel samples."""
+    u = torch.rand_like(like).clamp(1e-6, 1 - 1e-6)
+    return torch.log(u) - torch.log1p(-u)
 
 
 class Capacity:
@@ -90,6 +100,13 @@ class Movable(nn.Module):
             super().__setattr__(name, value)
 
 
+def scores(score: int | nn.Module, outputs: int) -> nn.Module:
+    """`score` as a module: the width of x makes a Linear of it. TypeError on anything else."""
+    if isinstance(score, bool) or not isinstance(score, (int, nn.Module)):
+        raise TypeError(f"score: expected a width (int) or a module, got {type(score).__name__}")
+    return nn.Linear(score, outputs) if isinstance(score, int) else score
+
+
 class Gate(Movable):
     """Base of the gates that score rows: p = sigmoid(logit of the row).
 
@@ -107,9 +124,7 @@ class Gate(Movable):
         self, score: int | nn.Module, *, weight: str = "hard", pool: Callable[[Tensor], Tensor] | None = None
     ) -> None:
         super().__init__()
-        if isinstance(score, bool) or not isinstance(score, (int, nn.Module)):
-            raise TypeError(f"score: expected a width (int) or a module, got {type(score).__name__}")
-        self.score: nn.Module = nn.Linear(score, 1) if isinstance(score, int) else score
+        self.score: nn.Module = scores(score, 1)
         self.weight: str = expect_choice("weight", weight, WEIGHTS)
         self.pool = pool
 
@@ -199,14 +214,65 @@ class GumbelGate(ThresholdGate):
         """The decision on the rows of x [..., D]."""
         logits = self.logits(x)
         if self.training:
-            u = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
-            logits = logits + torch.log(u) - torch.log1p(-u)
+            logits = logits + _logistic(logits)
         p = torch.sigmoid(logits / self.temperature)
         mask = p > self.threshold
         return Decision(mask, self._weigh(mask, p))
 
     def extra_repr(self) -> str:
         return f"temperature={shown(self.temperature)}, {super().extra_repr()}"
+
+
+class HardConcreteGate(ThresholdGate):
+    """Hard concrete (Louizos 2018): a stretched, clipped sigmoid, which is exactly 0 or 1 with a probability.
+
+    In training z = clamp(s (b - a) + a, 0, 1) with s = sigmoid((noise + logit) / temperature) and logistic noise; in
+    evaluation s = sigmoid(logit). Live where z > threshold (0 by default, so that what counts nothing is not computed);
+    the scale of a live row is z (`weight="soft"`), or 1 with its gradient ("hard").
+
+    Args:
+        temperature: buffer, > 0. stretch: (a, b) with a < 0 and b > 1.
+
+    The gradient of z is 0 where it is clipped; that of `open_probability`, which is what the L0 penalty sums, never is.
+    """
+
+    temperature: Tensor
+
+    def __init__(
+        self,
+        score: int | nn.Module,
+        temperature: float = 2 / 3,
+        threshold: float = 0.0,
+        *,
+        stretch: tuple[float, float] = (-0.1, 1.1),
+        weight: str = "soft",
+        pool: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__(score, threshold, weight=weight, pool=pool)
+        if not temperature > 0:
+            raise ValueError(f"temperature: expected a number > 0, got {temperature}")
+        if not stretch[0] < 0 < 1 < stretch[1]:
+            raise ValueError(f"stretch: expected (a, b) with a < 0 and b > 1, got {stretch}")
+        self.stretch = stretch
+        self.register_buffer("temperature", torch.tensor(float(temperature)))
+
+    def forward(self, x: Tensor) -> Decision:
+        """The decision on the rows of x [..., D]."""
+        logits = self.logits(x)
+        if self.training:
+            logits = (logits + _logistic(logits)) / self.temperature
+        low, high = self.stretch
+        z = (torch.sigmoid(logits) * (high - low) + low).clamp(0, 1)
+        mask = z > self.threshold
+        return Decision(mask, self._weigh(mask, z))
+
+    def open_probability(self, x: Tensor) -> Tensor:
+        """P(z > 0) of each row in training, float [...]: its mean, the expected share of live rows, is the L0 loss."""
+        low, high = self.stretch
+        return torch.sigmoid(self.logits(x) - self.temperature * math.log(-low / high))
+
+    def extra_repr(self) -> str:
+        return f"temperature={shown(self.temperature)}, stretch={self.stretch}, {super().extra_repr()}"
 
 
 class TopKGate(Capacity, Gate):
@@ -241,3 +307,110 @@ class TopKGate(Capacity, Gate):
 
     def extra_repr(self) -> str:
         return f"capacity={self.capacity}, {super().extra_repr()}"
+
+
+class _Choosing(Movable):
+    """Base of the gates over G modules: logits [..., G] of (pooled) x, and a threshold."""
+
+    threshold: Tensor
+
+    def __init__(
+        self,
+        score: int | nn.Module,
+        num_choices: int,
+        threshold: float,
+        pool: Callable[[Tensor], Tensor] | None,
+        exit: bool = False,
+    ) -> None:
+        super().__init__()
+        expect_size("num_choices", num_choices)
+        self.score: nn.Module = scores(score, num_choices + exit)
+        self.num_choices = num_choices
+        self.exit = exit
+        self.pool = pool
+        self.register_buffer("threshold", torch.tensor(float(threshold)))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits [..., G] of each row (one more with an exit), in float32 or wider."""
+        score = full_precision(self.score, x if self.pool is None else self.pool(x))
+        if score.shape[-1] != self.num_choices + self.exit:
+            wanted = self.num_choices + self.exit
+            raise ValueError(f"score: expected logits [..., {wanted}], got shape {list(score.shape)}")
+        return score
+
+    def extra_repr(self) -> str:
+        return f"num_choices={self.num_choices}, threshold={shown(self.threshold)}"
+
+
+class ChoiceGate(_Choosing):
+    """One of G modules for each row, by straight-through Gumbel-softmax (Jang 2017, Maddison 2017), for `Branch`.
+
+    In training the module of highest (logit + Gumbel noise) is taken, in evaluation that of highest logit; the weight
+    has the gradient of p = softmax((logits + noise) / temperature).
+
+    Args:
+        score: the width D of x for a linear score, or a module that maps (pooled) x to logits [..., G].
+        num_choices: G. The score has one logit more, for taking none, if `exit`.
+        threshold: buffer; a row whose largest p is not above it takes none. At 0 all take one (or the exit).
+        weight: "hard": 1 with the gradient of p. "soft": p.
+        pool: applied to x before the score, for gates on samples.
+    """
+
+    temperature: Tensor
+
+    def __init__(
+        self,
+        score: int | nn.Module,
+        num_choices: int,
+        temperature: float = 1.0,
+        threshold: float = 0.0,
+        *,
+        exit: bool = False,
+        weight: str = "hard",
+        pool: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__(score, num_choices, threshold, pool, exit)
+        if not temperature > 0:
+            raise ValueError(f"temperature: expected a number > 0, got {temperature}")
+        self.weight: str = expect_choice("weight", weight, ("hard", "soft"))
+        self.register_buffer("temperature", torch.tensor(float(temperature)))
+
+    def forward(self, x: Tensor) -> Choices:
+        """The choice for the rows of x [..., D]."""
+        logits = self.logits(x)
+        if self.training:
+            logits = logits - torch.empty_like(logits).exponential_().clamp(min=1e-20).log()
+        p = torch.softmax(logits / self.temperature, -1)
+        best, index = p.max(-1, keepdim=True)
+        mask = torch.zeros_like(p, dtype=torch.bool).scatter(-1, index, best > self.threshold)
+        weight = p if self.weight == "soft" else mask + (p - p.detach())
+        return Choices(mask[..., : self.num_choices], weight[..., : self.num_choices])
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, exit={self.exit}, weight={self.weight}, temperature={shown(self.temperature)}"
+
+
+class RectifiedGate(_Choosing):
+    """Any number of G modules for each row, by soft gates that can be exactly 0: max(0, tanh(logit)) (Li 2020).
+
+    A module runs for the rows whose gate is above `threshold` (a buffer; 0 by default), weighted by the gate.
+
+    Args:
+        score: the width D of x for a linear score, or a module that maps (pooled) x to logits [..., G].
+        num_choices: G. pool: applied to x before the score, for gates on samples.
+    """
+
+    def __init__(
+        self,
+        score: int | nn.Module,
+        num_choices: int,
+        threshold: float = 0.0,
+        *,
+        pool: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__(score, num_choices, threshold, pool)
+
+    def forward(self, x: Tensor) -> Choices:
+        """The choices for the rows of x [..., D]."""
+        gate = torch.tanh(self.logits(x)).relu()
+        return Choices(gate > self.threshold, gate)
