@@ -43,6 +43,7 @@ __all__ = [
     "Decision",
     "DynamicLayer",
     "DynamicWidthMLP",
+    "FeatureScore",
     "GumbelGate",
     "HardConcreteGate",
     "Hierarchy",
