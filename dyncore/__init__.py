@@ -3,7 +3,7 @@
 A `Plan` lists what is to be computed: slots, pairs (row, group). `select`, `select_topk`, `route`, `route_topk` and
 `route_mask` make one; `gather_rows`, `scatter_rows`, `grouped_linear` and `grouped_mlp` take one. `sparse_linear` and
 `sparse_mlp` find the zeros of a ReLU themselves. `compact` and `expand` move whole samples for any module to run on.
-`attention` takes tokens by their positions. `execution` says whether ops skip.
+`attention` takes tokens by their positions, `tree_route` walks a tree of decisions. `execution` says whether ops skip.
 
 - `dyncore.nn`: dynamic layers, gates and losses
 - `dyncore.convert`: models made to skip, in place
@@ -31,6 +31,7 @@ from dyncore.ops import (
     scatter_rows,
     sparse_linear,
     sparse_mlp,
+    tree_route,
 )
 from dyncore.plan import Plan, route, route_mask, route_topk, select, select_topk
 
@@ -62,6 +63,7 @@ __all__ = [
     "select_topk",
     "sparse_linear",
     "sparse_mlp",
+    "tree_route",
 ]
 
 

@@ -280,6 +280,27 @@ void grouped_mlp_backward(py::handle grad_, py::handle x_, py::handle w_in_, py:
   launch(&Kernels::grouped_mlp_backward, op, static_cast<bool>(dx));
 }
 
+void tree_route(py::handle x_, py::handle weight_, py::handle bias_, py::handle leaves_, int threads) {
+  const Rows x("x", x_), weight("weight", weight_);
+  const Contiguous bias("bias", bias_, Absence::allowed);
+  const Output leaves("leaves", leaves_);
+  const int64_t rows = x.size(0), width = x.size(1), nodes = weight.size(0);
+  int depth = 0;
+  while (depth < 30 && (int64_t{1} << depth) - 1 < nodes) ++depth;
+  if ((int64_t{1} << depth) - 1 != nodes)
+    throw py::value_error("weight: expected 2^depth - 1 nodes, got " + std::to_string(nodes));
+  weight.expect_type_of(x);
+  weight.expect_shape({nodes, width});
+  bias.expect_type_of(x);
+  bias.expect_shape({nodes});
+  leaves.expect(kInt32, {rows});
+  const TreeRoute op{
+      kernel_dtype(x),        rows,   width, depth, x.matrix(), weight.matrix(), bias ? bias.data() : nullptr,
+      leaves.data<int32_t>(), threads};
+  py::gil_scoped_release unlocked;
+  kernels().tree_route(op);
+}
+
 // Plans --------------------------------------------------------------------------------------------------------------
 
 void make_plan_mask(py::handle mask_, py::handle rows_, py::handle offsets_, py::handle row_offsets_,
@@ -365,6 +386,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("grouped_mlp", &grouped_mlp);
   m.def("grouped_mlp_fits", &grouped_mlp_fits);
   m.def("grouped_mlp_backward", &grouped_mlp_backward);
+  m.def("tree_route", &tree_route);
   define_sparse(m);
 #if defined(DYNCORE_WITH_CUDA)
   define_cuda(m);

@@ -117,6 +117,17 @@ struct GroupedMlpBackward {
   int threads;
 };
 
+// A complete binary tree of decisions: see tree_route.cpp.
+struct TreeRoute {
+  Dtype dtype;
+  int64_t rows, width;
+  int depth;
+  Matrix x, weight;  // [T, D], [2^depth - 1, D]
+  const void* bias;  // [2^depth - 1] or null
+  int32_t* leaves;   // [T]
+  int threads;
+};
+
 // out = h weight^T + bias without the products of h's zeros. A row of whose elements more than dense_from (a share) are
 // not 0 may get a dense product, in which its zeros meet the weights.
 struct SparseLinear {
@@ -203,6 +214,7 @@ struct Kernels {
   void (*grouped_linear_backward)(const GroupedLinearBackward&);
   void (*grouped_mlp)(const GroupedMlp&);
   void (*grouped_mlp_backward)(const GroupedMlpBackward&);
+  void (*tree_route)(const TreeRoute&);
   void (*sparse_linear)(const SparseLinear&);
   void (*sparse_linear_backward)(const SparseLinearBackward&);
   void (*sparse_mlp)(const SparseMlp&);

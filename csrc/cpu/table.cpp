@@ -12,6 +12,7 @@ void grouped_linear(const GroupedLinear&);
 void grouped_linear_backward(const GroupedLinearBackward&);
 void grouped_mlp(const GroupedMlp&);
 void grouped_mlp_backward(const GroupedMlpBackward&);
+void tree_route(const TreeRoute&);
 void sparse_linear(const SparseLinear&);
 void sparse_linear_backward(const SparseLinearBackward&);
 void sparse_mlp(const SparseMlp&);
@@ -31,6 +32,7 @@ const Kernels& table() {
                                grouped_linear_backward,
                                grouped_mlp,
                                grouped_mlp_backward,
+                               tree_route,
                                sparse_linear,
                                sparse_linear_backward,
                                sparse_mlp,

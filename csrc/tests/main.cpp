@@ -22,6 +22,7 @@ int main(int argc, char** argv) {
                         {"compressed", test_compressed},
                         {"sparse_linear", test_sparse_linear},
                         {"sparse_mlp", test_sparse_mlp},
+                        {"tree_route", test_tree_route},
 #if defined(DYNCORE_CUDA_ON_HOST)
                         {"cuda plans", test_cuda_plans},
                         {"cuda rows", test_cuda_rows},

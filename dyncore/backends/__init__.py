@@ -38,6 +38,8 @@ SCHEMAS = {
     f"{_PLAN}, str activation, Tensor in_panels, Tensor out_panels, str packed_isa) -> Tensor",
     "grouped_mlp_backward": "(Tensor grad, Tensor x, Tensor w_in, Tensor w_out, Tensor? b_in, Tensor? b_out, "
     f"Tensor pre, {_PLAN}, str activation, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # weight [2^depth - 1, D]: the nodes of a tree in heap order; int32 leaves of the rows x [T, D]
+    "tree_route": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     # h [T, I], weight [N, I] of any strides. dense_from: the density of non-zeros from which products are dense
     "sparse_linear": "(Tensor h, Tensor weight, Tensor? bias, float dense_from) -> Tensor",
     "sparse_linear_backward": "(Tensor grad, Tensor h, Tensor weight, float dense_from, bool[] needs) "

@@ -391,3 +391,14 @@ def grouped_mlp_backward(
     )
     gradients = [or_empty(g, x) for g in outputs]
     return gradients[0], gradients[1], gradients[2], gradients[3], gradients[4], _scaled_gradient(dscale, scale, x)
+
+
+# Trees ------------------------------------------------------------------------------------------------------------
+
+
+def tree_route(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not serves(x):
+        return reference.tree_route(x, weight, bias)
+    leaves = new_int32(x.shape[0])
+    native.tree_route(x, weight, bias, leaves, threads())
+    return leaves

@@ -223,3 +223,12 @@ def grouped_mlp_backward(
     reference.check_plan(rows, offsets, row_offsets.shape[0] - 1)
     with _on(x):
         return kernels.grouped_mlp_backward(*tensors, *plan, activation, needs, target=_target(x))
+
+
+def tree_route(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not _can_launch(x, weight, bias):
+        return reference.tree_route(x, weight, bias)
+    from dyncore.kernels import tree_route as kernels
+
+    with _on(x):
+        return kernels.tree_route(x, weight, bias)

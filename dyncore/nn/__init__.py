@@ -26,6 +26,7 @@ from dyncore.nn.skip import Skip
 from dyncore.nn.sparse_mlp import SparseLinear, SparseMLP
 from dyncore.nn.token_drop import LocalGlobalScore, TokenDrop, TokenMerge
 from dyncore.nn.tokens import MixtureOfDepths, TokenSkip
+from dyncore.nn.tree import TreeMLP
 
 __all__ = [
     "ACM",
@@ -63,6 +64,7 @@ __all__ = [
     "TokenSkip",
     "TopKGate",
     "TransformerBlock",
+    "TreeMLP",
     "attention",
     "collect_costs",
     "collect_losses",

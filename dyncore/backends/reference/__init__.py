@@ -34,6 +34,7 @@ from dyncore.backends.reference.sparse import (
     sparse_mlp,
     sparse_mlp_backward,
 )
+from dyncore.backends.reference.trees import tree_route
 
 __all__ = [
     "check_capacity",
@@ -60,4 +61,5 @@ __all__ = [
     "sparse_linear_backward",
     "sparse_mlp",
     "sparse_mlp_backward",
+    "tree_route",
 ]
