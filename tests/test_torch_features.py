@@ -182,6 +182,21 @@ def test_an_ensemble_of_layers_trains(build):
     assert layers[0].last_cost is not None
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("read", ["last_cost", "losses"])
+def test_a_record_is_read_inside_of_the_vmap_that_made_it(read):
+    layer = dc.nn.MoE(4, 8, 3)
+    values = lambda: [layer.last_cost] if read == "last_cost" else list(layer.losses().values())  # noqa: E731
+    xs = torch.randn(3, 5, 4)
+    inside = torch.vmap(lambda x: (layer(x), *values())[1:])(xs)
+    with pytest.raises(RuntimeError, match=f"{read}: belongs to a forward inside torch.vmap, which has ended"):
+        values()
+    for i, x in enumerate(xs):
+        layer(x)
+        for got, want in zip(inside, values(), strict=True):
+            torch.testing.assert_close(got[i], want)
+
+
 def hard_skip():
     return dc.nn.Skip(nn.Linear(4, 4), dc.nn.StraightThroughGate(4))
 

@@ -6,6 +6,7 @@ not computed are not counted; torch's fused attention on a CPU, which torch itse
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -49,10 +50,20 @@ def flops(fn: Callable[..., Any], *inputs: Any, **kwargs: Any) -> int:
         fn: a module or any other callable. It is called once, in the grad and execution mode of the caller.
         inputs, kwargs: what it is called with.
 
-    An op without a formula counts as 0 (element-wise ops have none). Raises TypeError if `fn` cannot be called.
+    An op without a formula counts as 0 (element-wise ops have none). What torch.compile compiled runs eagerly here (a
+    graph shows a counter nothing), so that a mask's live rows count; compiled code gives a mask that nobody has counted
+    (of a ThresholdGate, say) room for every row, and a Skip's or TokenSkip's own module runs on them all.
+
+    Raises TypeError if `fn` cannot be called.
     """
     if not callable(fn):
         raise TypeError(f"fn: expected a module or another callable, got {type(fn).__name__}")
-    with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
+    with (
+        torch.compiler.set_stance("force_eager"),
+        FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter,
+        warnings.catch_warnings(),
+    ):
+        # the counter's own hooks, which do no harm there
+        warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global hooks", UserWarning)
         fn(*inputs, **kwargs)
     return counter.get_total_flops()

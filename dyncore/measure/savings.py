@@ -177,7 +177,8 @@ def savings(
     """FLOPs and wall clock of `module` on `inputs`: skipping for real, against computing everything and masking.
 
     Args:
-        module: a module or another callable made of dyncore's layers and ops.
+        module: a module or another callable made of dyncore's layers and ops, compiled or not; its FLOPs are then those
+            of eager code, as `flops` says, its times those of the compiled.
         inputs: what it is called with.
         dense: its dense twin, called with the same inputs; then the ratios are against it, else against "masked".
         backward: time forward and backward (gradients of parameters and of inputs that require them) instead of

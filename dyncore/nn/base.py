@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dyncore.execution import mode
 from dyncore.ops import scatter_rows
-from dyncore.plan import Plan, select, select_topk
+from dyncore.plan import Plan, is_eager_cpu, select, select_topk
 
 RETURNS = ("output", "update")
 
@@ -30,6 +30,7 @@ class Decision(NamedTuple):
             not used; its gradient there carries the cost (see `DynamicLayer.last_cost`).
         count: how many rows are live in every sequence (the mask's last dimension), where it is the same number in
             each and known on the host, as with top-k: buffers are then exact on every device and under torch.compile.
+            The mask must hold just as many: eager code on a CPU counts them, elsewhere other rows fill what is missing.
     """
 
     mask: Tensor
@@ -66,7 +67,20 @@ def decide(gate: Gating, x: Tensor) -> Decision:
         )
     if scale is not None and scale.shape != mask.shape:
         raise ValueError(f"gate: expected a scale of the mask's shape {list(mask.shape)}, got {list(scale.shape)}")
+    if decision.count is not None:
+        _expect_count(mask, decision.count)
     return decision
+
+
+def _expect_count(mask: Tensor, count: object) -> None:
+    """That each sequence of mask [..., S] has `count` live rows, where the host may look."""
+    if not isinstance(count, (int, torch.SymInt)) or isinstance(count, bool):
+        raise TypeError(f"gate: expected a Decision whose count is an int or None, got {type(count).__name__}")
+    if not is_eager_cpu(mask):
+        return
+    for n in mask.sum(-1).reshape(-1).tolist():  # 3 us
+        if n != count:
+            raise ValueError(f"gate: expected a Decision of count={count} live rows in every sequence, got {n} in one")
 
 
 def plan_of(decision: Decision) -> Plan:
@@ -105,6 +119,18 @@ def everything(plan: Plan) -> bool:
     return mode() == "auto" and plan.exact and plan.num_slots == plan.num_rows
 
 
+def expect_recorded(name: str, tensor: Tensor) -> None:
+    """That a record's tensor may be read: RuntimeError on that of a forward in a torch.vmap which has ended."""
+    functorch: Any = torch._C._functorch
+    if functorch.is_batchedtensor(tensor) and functorch.maybe_get_level(tensor) > (
+        functorch.maybe_current_level() or 0
+    ):
+        raise RuntimeError(
+            f"{name}: belongs to a forward inside torch.vmap, which has ended: read it in the mapped function, and "
+            "return it from there"
+        )
+
+
 def linked(y: Tensor, module: Callable[..., Any]) -> Tensor:
     """`y`, which the module did not have to compute, tied to the module's parameters by zero gradients."""
     if not torch.is_grad_enabled() or not isinstance(module, nn.Module):
@@ -140,6 +166,15 @@ def expect_size(name: str, value: object) -> None:
 def expect_callable(name: str, value: object) -> None:
     if not callable(value):
         raise TypeError(f"{name}: expected a callable, got {type(value).__name__}")
+
+
+def expect_batch_first(name: str, module: object) -> None:
+    """ValueError where PyTorch's transformer layers would take the first dimension for the sequence."""
+    whole = isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder))
+    for layer in module.layers if whole else [module]:
+        kinds = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+        if isinstance(layer, kinds) and not layer.self_attn.batch_first:
+            raise ValueError(f"{name}: expected a module that takes [B, S, D], got one with batch_first=False")
 
 
 def changed(x: Tensor, y: Tensor, scale: Tensor | None, used: Tensor | None, returns: str) -> Tensor:
@@ -195,6 +230,8 @@ class DynamicLayer(nn.Module):
         make, with_gradient = cost
         if torch.compiler.is_compiling():
             return make()
+        if self.last_plan is not None:
+            expect_recorded("last_cost", self.last_plan.offsets)
         with torch.inference_mode(False), torch.set_grad_enabled(with_gradient):
             return make()
 

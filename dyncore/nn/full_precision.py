@@ -17,8 +17,14 @@ _PLAIN = (Tensor, nn.Parameter, FakeTensor)
 _level_of_functorch = torch._C._functorch.maybe_current_level  # pyright: ignore
 
 
-def full_precision(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """layer(x) in at least float32 whatever autocast says: a score decides, so its rounding must not."""
+def full_precision(layer: Callable[[Tensor], Tensor], x: Tensor, name: str = "score") -> Tensor:
+    """layer(x) in at least float32 whatever autocast says: a score decides, so its rounding must not.
+
+    Raises ValueError, about `name`, where the layer is a Linear (or begins with one) of another width than x.
+    """
+    first = layer[0] if isinstance(layer, nn.Sequential) and len(layer) else layer
+    if isinstance(first, nn.Linear) and x.shape[-1:] != (first.in_features,):
+        raise ValueError(f"{name}: expected rows of its width {first.in_features}, got shape {list(x.shape)}")
     wide = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         if isinstance(layer, nn.Linear):

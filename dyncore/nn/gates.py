@@ -14,6 +14,7 @@ one at run time, so that one trained model traces its whole curve of accuracy ag
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -61,6 +62,12 @@ def _logistic(like: Tensor) -> Tensor:
     """Logistic noise: the difference of two Gumbel samples."""
     u = torch.rand_like(like).clamp(1e-6, 1 - 1e-6)
     return torch.log(u) - torch.log1p(-u)
+
+
+def _expect_number(name: str, value: object) -> float:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    return float(value)
 
 
 class Capacity:
@@ -166,7 +173,7 @@ class ThresholdGate(Gate):
         pool: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(score, weight=weight, pool=pool)
-        self.register_buffer("threshold", torch.tensor(float(threshold)))
+        self.register_buffer("threshold", torch.tensor(_expect_number("threshold", threshold)))
 
     def forward(self, x: Tensor) -> Decision:
         """The decision on the rows of x [..., D]."""
@@ -206,7 +213,7 @@ class GumbelGate(ThresholdGate):
         pool: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(score, threshold, weight=weight, pool=pool)
-        if not temperature > 0:
+        if not _expect_number("temperature", temperature) > 0:
             raise ValueError(f"temperature: expected a number > 0, got {temperature}")
         self.register_buffer("temperature", torch.tensor(float(temperature)))
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dyncore import activations
 from dyncore.nn import losses
-from dyncore.nn.base import DynamicLayer, expect_choice
+from dyncore.nn.base import DynamicLayer, expect_choice, expect_recorded
 from dyncore.nn.experts import ExpertWeights, read_expert, write_expert
 from dyncore.nn.full_precision import full_precision
 from dyncore.nn.mlp import ACTIVATIONS, MLP
@@ -116,7 +116,7 @@ class MoE(DynamicLayer):
         if x.dim() < 2 or x.shape[-1] != self.dim:
             raise ValueError(f"x: expected shape [..., {self.dim}], got {list(x.shape)}")
         rows = x.reshape(math.prod(x.shape[:-1]), self.dim)
-        logits = full_precision(self.router, rows)
+        logits = full_precision(self.router, rows, "router")
         if logits.shape != (rows.shape[0], self.num_experts):
             raise ValueError(f"router: expected logits [T, {self.num_experts}], got {list(logits.shape)}")
         plan = self._route(logits)
@@ -180,6 +180,7 @@ class MoE(DynamicLayer):
         """Unweighted auxiliary losses of the latest forward: load_balance (token choice only) and router_z."""
         if self._logits is None or self.last_plan is None:
             return {}
+        expect_recorded("losses", self._logits)
         found = {"router_z": losses.router_z(self._logits)}
         if self.routing == "token_choice":
             counts = self.last_plan.offsets[1:] - self.last_plan.offsets[:-1]
@@ -190,7 +191,7 @@ class MoE(DynamicLayer):
     def from_experts(
         cls,
         experts: Sequence[nn.Module],
-        router: nn.Module | None = None,
+        router: nn.Module,
         *,
         top_k: int = 2,
         activation: str | None = None,
@@ -202,16 +203,21 @@ class MoE(DynamicLayer):
             experts: modules that `dyncore.nn.experts.read_expert` knows: w1/w2/w3, gate_proj/up_proj/down_proj,
                 fc1/fc2, w_in/w_out or Sequential(Linear, activation, Linear), with nothing else in them and dropout 0.
                 Each is run on random rows against what was read. A stack none of whose parts requires grad stays so.
-            router: the module that gives the logits (kept, not copied), or None for a fresh one.
+            router: the module [T, H] -> logits [T, E] (kept, not copied); a new one is nn.Linear(H, E, bias=False).
             activation: where the modules do not show theirs.
             options: routing, normalize, shared_experts.
 
-        Raises TypeError on other options; ValueError on experts of unknown build, of several builds, dtypes or devices,
-        or that compute something else than the MLP of their weights.
+        Raises TypeError on other options and where the router is no module; ValueError on experts of unknown build, of
+        several builds, dtypes or devices, or that compute something else than the MLP of their weights.
         """
         for name, value in options.items():
             if name not in OPTIONS:
                 raise TypeError(f"{name}: expected one of the options {', '.join(OPTIONS)}, got {name}={value!r}")
+        if not isinstance(router, nn.Module):
+            raise TypeError(
+                "router: expected the module that gives logits [T, E] (a new one: nn.Linear(H, E, bias=False)), "
+                f"got {type(router).__name__}"
+            )
         if not experts:
             raise ValueError("experts: expected at least one module, got none")
         read = [read_expert(module, activation, name=f"experts[{i}]") for i, module in enumerate(experts)]
@@ -230,8 +236,7 @@ class MoE(DynamicLayer):
         dim, hidden_dim = first.w_out.shape
         layer = cls(dim, hidden_dim, len(read), top_k, activation=first.activation, **options)
         layer.to(first.w_in.device, first.w_in.dtype)
-        if router is not None:  # kept as it is: it may be wider than the experts
-            layer.router = router
+        layer.router = router  # kept as it is: it may be wider than the experts
         for name in ("w_in", "w_out", "b_in", "b_out"):
             parts = [getattr(weights, name) for weights in read]
             trained = any(p is not None and p.requires_grad for p in parts)

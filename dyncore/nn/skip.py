@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dyncore.execution import mode
+from dyncore.nn.attention import Attention
 from dyncore.nn.base import (
     RETURNS,
     DynamicLayer,
@@ -16,6 +17,7 @@ from dyncore.nn.base import (
     decide,
     everything,
     executed,
+    expect_batch_first,
     expect_callable,
     expect_choice,
     expect_like,
@@ -24,6 +26,8 @@ from dyncore.nn.base import (
     plan_of,
 )
 from dyncore.ops import gather_rows
+
+_ATTENTION = (Attention, nn.MultiheadAttention)
 
 
 class Skip(DynamicLayer):
@@ -40,13 +44,16 @@ class Skip(DynamicLayer):
     A closed row comes out as it went in, whatever it holds; with every gate at exactly 1 the result is exactly F(x).
     Gradient reaches F, x, and the gate through the rows computed.
 
-    Modules that mix rows: BatchNorm sees the live rows only, in training and in its running statistics, and in "masked"
-    execution all rows, the closed ones as zeros; so there the modes agree for modules that treat rows one by one. Under
-    torch.compile and on accelerators a mask has the static bound of all rows (use a TopKGate to have a static count):
-    values are the same, and rows past the live ones are zeros to F.
+    Modules that mix rows: one that holds attention (PyTorch's or ours) would take the live tokens of a whole batch for
+    one sequence, and is refused where rows are tokens (`TokenSkip` takes it); any other mixing is not seen. BatchNorm
+    sees the live rows only, in training and in its running statistics, and in "masked" execution all rows, the closed
+    ones as zeros; so there the modes agree for modules that treat rows one by one. Under torch.compile and on
+    accelerators a mask has the static bound of all rows (use a TopKGate to have a static count): values are the same,
+    and rows past the live ones are zeros to F.
 
-    Raises TypeError where F or the gate is not callable, ValueError where F changes the shape, TypeError or ValueError
-    where the mask does not fit x (it must leave at least one trailing dimension of x, the row's own).
+    Raises TypeError where F or the gate is not callable, ValueError where F changes the shape or mixes rows by
+    attention, TypeError or ValueError where the mask does not fit x (it must leave at least one trailing dimension of
+    x, the row's own).
     """
 
     def __init__(self, module: nn.Module, gate: Gating, *, returns: str = "output") -> None:
@@ -56,6 +63,9 @@ class Skip(DynamicLayer):
         self.module = module
         self.gate = gate
         self.returns: str = expect_choice("returns", returns, RETURNS)
+        expect_batch_first("module", module)
+        parts = module.modules() if isinstance(module, nn.Module) else ()
+        self._attends: bool = any(isinstance(part, _ATTENTION) for part in parts)
 
     def forward(self, x: Tensor) -> Tensor:
         """x with its live rows changed by the module; the shape and dtype of x."""
@@ -69,6 +79,12 @@ class Skip(DynamicLayer):
         plan = plan_of(decision)
         self.record(plan, functools.partial(executed, plan, mask.shape, scale))
         row_shape = x.shape[mask.dim() :]
+        if self._attends and len(row_shape) == 1:
+            raise ValueError(
+                f"module: expected one that treats rows [{x.shape[-1]}] one by one, got {type(self.module).__name__}, "
+                "which attends from row to row: TokenSkip and MixtureOfDepths leave tokens out of a block, and with a "
+                "mask [B] of x [B, S, D] Skip leaves out whole sequences"
+            )
         rows = x.reshape(mask.numel(), row_shape.numel())
         flat = mask.reshape(-1)
         if mode() == "masked" or everything(plan):

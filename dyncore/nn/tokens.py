@@ -23,9 +23,11 @@ from dyncore.nn.base import (
     changed,
     decide,
     executed,
+    expect_batch_first,
     expect_callable,
     expect_choice,
     expect_like,
+    expect_recorded,
     first_live,
     linked,
     live_rows,
@@ -77,11 +79,7 @@ class _TokenLayer(DynamicLayer):
     def __init__(self, block: nn.Module, returns: str) -> None:
         super().__init__()
         expect_callable("block", block)
-        if (
-            isinstance(block, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
-            and not block.self_attn.batch_first
-        ):
-            raise ValueError("block: expected a module that takes [B, S, D], got one with batch_first=False")
+        expect_batch_first("block", block)
         self.block = block
         self.returns: str = expect_choice("returns", returns, RETURNS)
         self._names = _accepted(block)
@@ -277,7 +275,7 @@ class MixtureOfDepths(Capacity, Movable, _TokenLayer):
         return y
 
     def _mix(self, x: Tensor, call: Call, start: int = 0) -> Tensor:
-        scores = full_precision(self.router, x).squeeze(-1)
+        scores = full_precision(self.router, x, "router").squeeze(-1)
         scale = ROUTER_WEIGHTS[self.weight](scores)
         if not self.training and self.inference != "topk":
             logits = scores if self.inference == "threshold" else self._predict(x)
@@ -296,11 +294,14 @@ class MixtureOfDepths(Capacity, Movable, _TokenLayer):
     def _predict(self, x: Tensor) -> Tensor:
         if self.predictor is None:
             raise ValueError("inference: expected a layer built with inference='predictor', got one without predictor")
-        return full_precision(self.predictor, x).squeeze(-1)
+        return full_precision(self.predictor, x, "predictor").squeeze(-1)
 
     def losses(self) -> dict[str, Tensor]:
         """The auxiliary loss of the latest training forward: binary cross-entropy of membership in the top k."""
-        return {} if self._auxiliary is None else {self.inference: self._auxiliary}
+        if self._auxiliary is None:
+            return {}
+        expect_recorded("losses", self._auxiliary)
+        return {self.inference: self._auxiliary}
 
     def extra_repr(self) -> str:
         return f"capacity={self.capacity}, weight={self.weight}, inference={self.inference}, {super().extra_repr()}"

@@ -69,6 +69,23 @@ def test_savings_with_backward_counts_three_times_the_forward_for_weights_and_in
     assert x.grad is None  # measuring leaves no trace
 
 
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("where", ["whole", "inside", "in place"])
+def test_savings_of_compiled_code_count_what_eager_code_executes(where, backward):
+    torch._dynamo.reset()
+    x, module = torch.randn(64, 16), nn.Sequential(dc.nn.MoE(16, 24, 4), nn.Linear(16, 16))
+    compiled, options = module, {"fullgraph": True, "backend": "aot_eager"}
+    if where == "whole":
+        compiled = torch.compile(module, **options)
+    elif where == "inside":
+        compiled = nn.Sequential(torch.compile(module[0], **options), module[1])
+    want = dc.measure.savings(module, x, backward=backward, seconds=1e-9, min_rounds=1).flops
+    if where == "in place":
+        module.compile(**options)
+    assert dc.measure.savings(compiled, x, backward=backward, seconds=1e-9, min_rounds=1).flops == want
+    assert want["sparse"] * 1.5 < want["masked"]
+
+
 def test_savings_against_a_dense_twin():
     twin = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
     saved = dc.measure.savings(Skipping(), torch.randn(64, 16), dense=twin, seconds=1e-9, min_rounds=1)

@@ -150,6 +150,24 @@ def test_scores_are_float32_under_autocast_and_in_half_precision():
             ValueError,
             r"score: expected logits \[..., 1\] or \[..., 2\], got shape \[4, 3\]",
         ),
+        (lambda: dc.nn.ThresholdGate(D, "0.5"), TypeError, "threshold: expected a number, got str"),
+        (lambda: dc.nn.StraightThroughGate(D, None), TypeError, "threshold: expected a number, got NoneType"),
+        (lambda: dc.nn.GumbelGate(D, torch.ones(2)), TypeError, "temperature: expected a number, got Tensor"),
+        (
+            lambda: dc.nn.ThresholdGate(D)(torch.randn(4, 3)),
+            ValueError,
+            rf"score: expected rows of its width {D}, got shape \[4, 3\]",
+        ),
+        (
+            lambda: dc.nn.TopKGate(nn.Sequential(nn.Linear(D, 4), nn.ReLU(), nn.Linear(4, 1)), 2)(torch.randn(2, 5, 3)),
+            ValueError,
+            rf"score: expected rows of its width {D}, got shape \[2, 5, 3\]",
+        ),
+        (
+            lambda: dc.nn.ThresholdGate(D, pool=dc.nn.gates.pool_tokens)(torch.randn(4, 5, 3)),
+            ValueError,
+            rf"score: expected rows of its width {D}, got shape \[4, 3\]",
+        ),
     ],
 )
 def test_bad_arguments_are_named(make, error, message):

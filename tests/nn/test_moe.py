@@ -205,7 +205,7 @@ def test_from_experts_leaves_the_router_as_it_is():
 
 def test_from_experts_copies():
     experts = [Mixtral() for _ in range(E)]
-    layer = dc.nn.MoE.from_experts(experts)
+    layer = dc.nn.MoE.from_experts(experts, nn.Linear(D, E))
     before = experts[0].w1.weight.detach().clone()
     with torch.no_grad():
         layer.w_in.zero_()
@@ -298,7 +298,7 @@ def last():
 def test_an_expert_that_computes_more_than_is_read_is_refused(make, activation, message):
     good = sequential(nn.GELU(), last()) if activation is None else None
     with pytest.raises(ValueError, match=r"experts\[0\]: expected .*" + message):
-        dc.nn.MoE.from_experts([make(), *([good] if good else [])], top_k=1, activation=activation)
+        dc.nn.MoE.from_experts([make(), *([good] if good else [])], nn.Linear(D, E), top_k=1, activation=activation)
 
 
 def test_experts_are_read_under_another_default_device():
@@ -309,7 +309,7 @@ def test_experts_are_read_under_another_default_device():
 
 def test_the_expert_at_fault_is_named():
     with pytest.raises(ValueError, match=r"experts\[2\]: expected .* got GeluMixtral"):
-        dc.nn.MoE.from_experts([Mixtral(), Mixtral(), GeluMixtral()])
+        dc.nn.MoE.from_experts([Mixtral(), Mixtral(), GeluMixtral()], nn.Linear(D, 3))
 
 
 def test_experts_are_read_in_evaluation_and_left_as_they_were():
@@ -353,12 +353,12 @@ def test_frozen_experts_stay_frozen(grad):
         e.down_proj.requires_grad_(False)
     experts[0].up_proj.requires_grad_(False)
     with torch.set_grad_enabled(grad):
-        layer = dc.nn.MoE.from_experts(experts)
+        layer = dc.nn.MoE.from_experts(experts, nn.Linear(D, 3))
     assert not layer.w_out.requires_grad
     assert layer.w_in.requires_grad
     for e in experts:
         e.requires_grad_(False)
-    layer = dc.nn.MoE.from_experts(experts, shared_experts=1)
+    layer = dc.nn.MoE.from_experts(experts, nn.Linear(D, 3), shared_experts=1)
     assert not layer.w_in.requires_grad
     assert not layer.b_in.requires_grad
     assert layer.router.weight.requires_grad
@@ -370,7 +370,7 @@ def test_experts_of_several_dtypes_are_refused():
     with pytest.raises(
         ValueError, match=r"experts: expected one dtype, got expert 1 with torch\.bfloat16 and expert 0 with"
     ):
-        dc.nn.MoE.from_experts([Mixtral(), Mixtral().bfloat16()])
+        dc.nn.MoE.from_experts([Mixtral(), Mixtral().bfloat16()], nn.Linear(D, 2))
 
 
 @pytest.mark.parametrize(("name", "value"), [("num_experts", 2), ("bias", True), ("dim", 16), ("experts_", 1)])
@@ -378,9 +378,9 @@ def test_options_that_the_experts_settle_are_refused(name, value):
     with pytest.raises(
         TypeError, match=f"{name}: expected one of the options routing, normalize, .* got {name}={value}"
     ):
-        dc.nn.MoE.from_experts([Mixtral(), Mixtral()], **{name: value})
+        dc.nn.MoE.from_experts([Mixtral(), Mixtral()], nn.Linear(D, 2), **{name: value})
     with pytest.raises(TypeError, match=r"experts\[1\]: expected a module, got int"):
-        dc.nn.MoE.from_experts([Mixtral(), 3])
+        dc.nn.MoE.from_experts([Mixtral(), 3], nn.Linear(D, 2))
 
 
 @pytest.mark.parametrize(
@@ -408,20 +408,40 @@ def test_options_that_the_experts_settle_are_refused(name, value):
             ValueError,
             r"router: expected logits \[T, 5\], got \[4, 3\]",
         ),
-        (lambda: dc.nn.MoE.from_experts([]), ValueError, "experts: expected at least one module, got none"),
         (
-            lambda: dc.nn.MoE.from_experts([nn.Linear(D, D)]),
+            lambda: dc.nn.MoE(D, I, E, router=nn.Linear(D + 1, E))(torch.randn(4, D)),
+            ValueError,
+            r"router: expected rows of its width 17, got shape \[4, 16\]",
+        ),
+        (
+            lambda: dc.nn.MoE.from_experts([], nn.Linear(D, 1)),
+            ValueError,
+            "experts: expected at least one module, got none",
+        ),
+        (
+            lambda: dc.nn.MoE.from_experts([nn.Linear(D, D)], nn.Linear(D, 1)),
             ValueError,
             r"experts\[0\]: expected a module with .* got Linear",
         ),
-        (lambda: dc.nn.MoE.from_experts([Opt()], top_k=1), ValueError, "activation: expected its name, for Opt"),
         (
-            lambda: dc.nn.MoE.from_experts([Mixtral(), Mixtral(bias=True)]),
+            lambda: dc.nn.MoE.from_experts([Opt()], nn.Linear(D, 1), top_k=1),
+            ValueError,
+            "activation: expected its name, for Opt",
+        ),
+        (
+            lambda: dc.nn.MoE.from_experts([Mixtral(), Mixtral()], None),
+            TypeError,
+            r"router: expected the module that gives logits \[T, E\] .*, got NoneType",
+        ),
+        (
+            lambda: dc.nn.MoE.from_experts([Mixtral(), Mixtral(bias=True)], nn.Linear(D, 2)),
             ValueError,
             "experts: expected one build, got expert 1 with another b_in than 0",
         ),
         (
-            lambda: dc.nn.MoE.from_experts([nn.Sequential(nn.Linear(D, I), nn.Tanh(), nn.Linear(I, D))], top_k=1),
+            lambda: dc.nn.MoE.from_experts(
+                [nn.Sequential(nn.Linear(D, I), nn.Tanh(), nn.Linear(I, D))], nn.Linear(D, 1), top_k=1
+            ),
             ValueError,
             r"experts\[0\]: expected one of the activations .* got 'tanh'",
         ),

@@ -194,11 +194,62 @@ def test_a_shape_changed_by_the_module_is_refused():
             ValueError,
             r"gate: expected a mask that leaves .* trailing dimension of x \[4, 5, 16\], got \[",
         ),
+        (
+            lambda x: dc.nn.Decision(torch.arange(20).view(4, 5) % 3 > 0, None, 4),
+            ValueError,
+            "gate: expected a Decision of count=4 live rows in every sequence, got 3 in one",
+        ),
+        (
+            lambda x: dc.nn.Decision(torch.arange(4) > 0, None, 2),
+            ValueError,
+            "gate: expected a Decision of count=2 live rows in every sequence, got 3 in one",
+        ),
+        (
+            lambda x: dc.nn.Decision(x[..., 0] > 0, None, 0.5),
+            TypeError,
+            "gate: expected a Decision whose count is an int or None, got float",
+        ),
     ],
 )
 def test_a_gate_that_does_not_fit_is_refused(gate, error, message):
     with pytest.raises(error, match=message):
         dc.nn.Skip(nn.Identity(), gate)(torch.randn(4, 5, D))
+
+
+class OwnBlock(nn.Module):
+    """As many write one."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(D, 4, batch_first=True)
+
+    def forward(self, x):
+        return x + self.attention(x, x, x)[0]
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: nn.TransformerEncoderLayer(D, 4, 24, dropout=0.0, batch_first=True),
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(D, 4, 24, dropout=0.0, batch_first=True), 1),
+        lambda: nn.Sequential(nn.LayerNorm(D), dc.nn.TransformerBlock(D, 4)),
+        OwnBlock,
+    ],
+)
+def test_tokens_of_a_module_that_attends_are_refused_whole_sequences_are_not(build):
+    module, x = build(), torch.randn(3, 5, D)
+    with pytest.raises(ValueError, match=r"module: expected one that treats rows \[16\] one by one, .* TokenSkip"):
+        dc.nn.Skip(module, dc.nn.ThresholdGate(D))(x)
+    mask = torch.tensor([True, False, True])
+    y = dc.nn.Skip(module, Fixed(mask))(x)
+    torch.testing.assert_close(y[mask], module(x[mask]))
+    assert torch.equal(y[1], x[1])
+
+
+@pytest.mark.parametrize("wrap", [lambda layer: layer, lambda layer: nn.TransformerEncoder(layer, 1)])
+def test_layers_that_take_the_sequence_first_are_refused(wrap):
+    with pytest.raises(ValueError, match=r"module: expected a module that takes \[B, S, D\], got .*batch_first=False"):
+        dc.nn.Skip(wrap(nn.TransformerEncoderLayer(D, 4, 24)), dc.nn.ThresholdGate(D, pool=dc.nn.gates.pool_tokens))
 
 
 def test_returns_must_be_known():
