@@ -121,7 +121,7 @@ def everything(plan: Plan) -> bool:
 
 def expect_recorded(name: str, tensor: Tensor) -> None:
     """That a record's tensor may be read: RuntimeError on that of a forward in a torch.vmap which has ended."""
-    functorch: Any = torch._C._functorch
+    functorch: Any = torch._C._functorch  # pyright: ignore
     if functorch.is_batchedtensor(tensor) and functorch.maybe_get_level(tensor) > (
         functorch.maybe_current_level() or 0
     ):
