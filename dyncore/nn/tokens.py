@@ -125,7 +125,9 @@ class _TokenLayer(DynamicLayer):
         if not even:
             used = flat.index_select(0, plan.rows)
             live = torch.where(used[:, None], live, 0)
-        positions = (plan.rows % seq).view(batch, count) + start
+        positions = (plan.rows % seq).view(batch, count)
+        if start:
+            positions = positions + start
         alive = None if used is None else used.view(batch, count)
         y = call(live.view(batch, count, width), positions, alive, x).reshape(live.shape)
         return merge(rows, live, y, plan, flat, used, self.returns).view(x.shape)
