@@ -17,6 +17,7 @@ PUBLIC = (
     "dyncore",
     "dyncore.nn",
     "dyncore.nn.attention",
+    "dyncore.nn.exits",
     "dyncore.nn.experts",
     "dyncore.nn.gates",
     "dyncore.nn.losses",

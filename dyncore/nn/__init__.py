@@ -1,13 +1,15 @@
 """Dynamic layers: drop-in modules that skip what their gate or router says, with gradients through the skip."""
 
-from dyncore.nn import attention, experts, gates, losses, policies
+from dyncore.nn import attention, exits, experts, gates, losses, policies
 from dyncore.nn.acm import ACM, ACMLinear, CountGate
 from dyncore.nn.attention import Attention, TransformerBlock
 from dyncore.nn.base import Decision, DynamicLayer, collect_costs, collect_losses
 from dyncore.nn.branch import Branch, Hierarchy
 from dyncore.nn.cache import KeyValueCache
+from dyncore.nn.cascade import Cascade
 from dyncore.nn.choices import Choices
 from dyncore.nn.dynamic_width import BlockGate, BlockMLP, DynamicWidthMLP
+from dyncore.nn.early_exit import EarlyExit, ExitLayer
 from dyncore.nn.gates import (
     ChoiceGate,
     GumbelGate,
@@ -68,6 +70,7 @@ __all__ = [
     "attention",
     "collect_costs",
     "collect_losses",
+    "exits",
     "experts",
     "gates",
     "losses",

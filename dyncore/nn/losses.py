@@ -6,9 +6,10 @@ Functions of tensors; layers offer theirs by `layer.losses()` and `collect_losse
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -142,3 +143,54 @@ def reinforce(log_probability: Tensor, reward: Tensor, baseline: Tensor | float 
             raise ValueError(f"{name}: expected the shape of log_probability, {shape}, got {list(value.shape)}")
     advantage = (reward - baseline).detach()
     return -(advantage * log_probability).sum() / max(log_probability.numel(), 1)
+
+
+def multi_exit(logits: Sequence[Tensor], target: Tensor, weights: Sequence[float] | None = None) -> Tensor:
+    """Weighted mean over exits of the cross-entropy (deep supervision; MSDNet, Huang 2018).
+
+    Args:
+        logits: K tensors [B, C], one an exit, such as a layer of exits returns in training.
+        target: classes int [B], or probabilities [B, C].
+        weights: of the exits; equal if None.
+
+    A scalar; 0 for no samples. Raises ValueError where numbers of exits and weights differ.
+    """
+    shares = _exit_weights(logits, weights)
+    terms = [w * F.cross_entropy(z, target, reduction="sum") for w, z in zip(shares, logits, strict=True)]
+    return torch.stack(terms).sum() / max(logits[0].shape[0], 1)
+
+
+def exit_distillation(
+    logits: Sequence[Tensor], temperature: float = 1.0, weights: Sequence[float] | None = None
+) -> Tensor:
+    """Weighted mean over all exits but the last of T^2 KL(last || exit): earlier exits learn what the last one says,
+    which gets no gradient (Phuong 2019; Zhang 2019).
+
+    Args:
+        logits: K >= 2 tensors [B, C]. temperature: T, by which logits are divided. weights: K - 1 of them.
+
+    A scalar; 0 for no samples. Raises ValueError on fewer than two exits or a wrong number of weights.
+    """
+    if len(logits) < 2:
+        raise ValueError(f"logits: expected those of at least 2 exits, got {len(logits)}")
+    if not temperature > 0:
+        raise ValueError(f"temperature: expected a number > 0, got {temperature}")
+    shares = _exit_weights(logits[:-1], weights)
+    teacher = torch.log_softmax(logits[-1].detach() / temperature, -1)
+    terms = [
+        w * F.kl_div(torch.log_softmax(z / temperature, -1), teacher, reduction="sum", log_target=True)
+        for w, z in zip(shares, logits[:-1], strict=True)
+    ]
+    return torch.stack(terms).sum() * temperature**2 / max(logits[0].shape[0], 1)
+
+
+def _exit_weights(logits: Sequence[Tensor], weights: Sequence[float] | None) -> list[float]:
+    """Weights that sum to 1."""
+    if isinstance(logits, Tensor) or not len(logits):
+        raise ValueError("logits: expected a sequence of tensors [B, C], one an exit")
+    shares = [1.0] * len(logits) if weights is None else [float(w) for w in weights]
+    if len(shares) != len(logits):
+        raise ValueError(f"weights: expected {len(logits)} of them, one an exit, got {len(shares)}")
+    if not sum(shares) > 0:
+        raise ValueError(f"weights: expected a sum > 0, got {shares}")
+    return [w / sum(shares) for w in shares]

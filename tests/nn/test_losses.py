@@ -112,3 +112,41 @@ def test_bad_arguments_are_named():
         losses.reinforce(torch.rand(4), torch.rand(4, 1))
     with pytest.raises(ValueError, match=r"activations: expected at least 1 dimension, got shape \[\]"):
         losses.square_hoyer(torch.tensor(1.0))
+
+
+def test_multi_exit_is_the_weighted_mean_of_cross_entropies():
+    logits = [torch.randn(6, 5, dtype=torch.double, requires_grad=True) for _ in range(3)]
+    target = torch.randint(5, (6,))
+    each = [torch.nn.functional.cross_entropy(z, target) for z in logits]
+    torch.testing.assert_close(losses.multi_exit(logits, target), sum(each) / 3)
+    torch.testing.assert_close(losses.multi_exit(logits, target, [1, 0, 3]), (each[0] + 3 * each[2]) / 4)
+    soft = torch.nn.functional.one_hot(target, 5).double()
+    torch.testing.assert_close(losses.multi_exit(logits, soft), sum(each) / 3)
+    assert losses.multi_exit([torch.zeros(0, 5)] * 2, torch.zeros(0, dtype=torch.long)) == 0
+
+
+def test_exit_distillation_teaches_all_exits_but_the_last():
+    logits = [torch.randn(6, 5, dtype=torch.double, requires_grad=True) for _ in range(3)]
+    p = torch.softmax(logits[2] / 2, 1)
+    want = [4 * (p * (p.log() - torch.softmax(z / 2, 1).log())).sum(1).mean() for z in logits[:2]]
+    got = losses.exit_distillation(logits, temperature=2.0, weights=[1, 3])
+    torch.testing.assert_close(got, (want[0] + 3 * want[1]) / 4)
+    got.backward()
+    assert logits[0].grad.abs().sum() > 0
+    assert logits[2].grad is None
+    same = [logits[2].detach()] * 2
+    assert losses.exit_distillation(same).abs() < 1e-12
+
+
+def test_losses_of_exits_name_what_is_wrong():
+    z, target = torch.zeros(3, 5), torch.zeros(3, dtype=torch.long)
+    with pytest.raises(ValueError, match="weights: expected 2 of them, one an exit, got 1"):
+        losses.multi_exit([z, z], target, [1.0])
+    with pytest.raises(ValueError, match="weights: expected a sum > 0"):
+        losses.multi_exit([z], target, [0.0])
+    with pytest.raises(ValueError, match="logits: expected a sequence of tensors"):
+        losses.multi_exit(z, target)
+    with pytest.raises(ValueError, match="logits: expected those of at least 2 exits, got 1"):
+        losses.exit_distillation([z])
+    with pytest.raises(ValueError, match="temperature: expected a number > 0, got 0"):
+        losses.exit_distillation([z, z], 0)
