@@ -75,11 +75,13 @@ class _TokenLayer(DynamicLayer):
     """Runs a block on the selected tokens of x [B, S, D]."""
 
     _all_keys = False
+    _adapts = False  # whether it calls the block in a way of its own, instead of by the token protocol
 
     def __init__(self, block: nn.Module, returns: str) -> None:
         super().__init__()
         expect_callable("block", block)
-        expect_batch_first("block", block)
+        if not self._adapts:
+            expect_batch_first("block", block)
         self.block = block
         self.returns: str = expect_choice("returns", returns, RETURNS)
         self._names = _accepted(block)
@@ -257,7 +259,7 @@ class MixtureOfDepths(Capacity, Movable, _TokenLayer):
             hidden = max(dim // 4, 1)  # type: ignore[operator]
             predictor = nn.Sequential(nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, 1))  # type: ignore[arg-type]
         self.predictor = predictor
-        if inference != "topk" and not {"positions", "live"} <= set(self._names):
+        if inference != "topk" and not self._adapts and not {"positions", "live"} <= set(self._names):
             raise ValueError(
                 f"block: expected a block whose forward takes positions= and live= for inference={inference!r}, "
                 f"got {type(block).__name__}"
