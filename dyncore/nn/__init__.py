@@ -8,6 +8,7 @@ from dyncore.nn.branch import Branch, Hierarchy
 from dyncore.nn.cache import KeyValueCache
 from dyncore.nn.cascade import Cascade
 from dyncore.nn.choices import Choices
+from dyncore.nn.dynamic_k import DynamicKMoE, NormRouter, fit_router
 from dyncore.nn.dynamic_width import BlockGate, BlockMLP, DynamicWidthMLP
 from dyncore.nn.early_exit import EarlyExit, ExitLayer
 from dyncore.nn.gates import (
@@ -25,6 +26,7 @@ from dyncore.nn.moe import MoE
 from dyncore.nn.policies import BernoulliPolicy
 from dyncore.nn.policy_skip import PolicySkip
 from dyncore.nn.skip import Skip
+from dyncore.nn.soft_moe import SoftMoE
 from dyncore.nn.sparse_mlp import SparseLinear, SparseMLP
 from dyncore.nn.token_drop import LocalGlobalScore, TokenDrop, TokenMerge
 from dyncore.nn.tokens import MixtureOfDepths, TokenSkip
@@ -45,6 +47,7 @@ __all__ = [
     "Choices",
     "CountGate",
     "Decision",
+    "DynamicKMoE",
     "DynamicLayer",
     "DynamicWidthMLP",
     "EarlyExit",
@@ -57,9 +60,11 @@ __all__ = [
     "LocalGlobalScore",
     "MixtureOfDepths",
     "MoE",
+    "NormRouter",
     "PolicySkip",
     "RectifiedGate",
     "Skip",
+    "SoftMoE",
     "SparseLinear",
     "SparseMLP",
     "StraightThroughGate",
@@ -75,6 +80,7 @@ __all__ = [
     "collect_losses",
     "exits",
     "experts",
+    "fit_router",
     "gates",
     "losses",
     "policies",

@@ -135,10 +135,10 @@ class BlockMLP(DynamicLayer):
         w_out = self.w_out.view(self.dim, self.num_blocks, -1).permute(1, 0, 2)
         return w_in, w_out, None if self.b_in is None else self.b_in.view(self.num_blocks, -1)
 
-    def run_blocks(self, x: Tensor, mask: Tensor, scale: Tensor | None = None) -> Tensor:
-        """x [..., H] through the blocks of mask [T, G], scaled by scale [T, G]; records the plan and the cost."""
+    def run_blocks(self, x: Tensor, mask: Tensor, scale: Tensor | None = None, **others: Tensor | None) -> Tensor:
+        """x [..., H] through the blocks of mask [T, G], scaled by scale [T, G]; records plan, cost and others."""
         plan = route_mask(mask, scale)
-        self.record(plan, functools.partial(share_of_groups, plan, x.shape[:-1], scale))
+        self.record(plan, functools.partial(share_of_groups, plan, x.shape[:-1], scale), **others)
         if every_slot(plan):
             return self._dense(x, scale)
         w_in, w_out, b_in = self.blocks()

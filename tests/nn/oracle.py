@@ -43,6 +43,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "dynamic_width": lambda: dc.nn.DynamicWidthMLP(D, 24, 4, activation="swiglu"),
     "acm": lambda: dc.nn.ACM(D, 3, 8).eval(),  # its gate draws noise in training
     "tree": lambda: dc.nn.TreeMLP(D, 2, 8, soft=False),
+    "dynamic_k": lambda: dc.nn.DynamicKMoE(D, 6, 4, 0.05, activation="swiglu"),
     "acm_linear": lambda: dc.nn.ACMLinear(D, D, 4).eval(),
     "moe_expert_choice": lambda: dc.nn.MoE(D, 24, 6, 2, routing="expert_choice"),
 }

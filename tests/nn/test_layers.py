@@ -54,9 +54,13 @@ def test_fewer_flops_than_masked(build):
 
 
 def test_every_parameter_gets_a_gradient(build):
-    grads = run(build(), torch.randn(3, 13, D)).grads
+    layer = build()
+    grads = run(layer, torch.randn(3, 13, D)).grads
     for name, grad in grads.items():
-        assert grad is not None, name
+        if grad is None:  # a router that learns by a loss of its own
+            assert name.startswith("router.")
+            assert "router_regression" in layer.losses()
+            continue
         assert grad.abs().sum() > 0, name
 
 
@@ -71,7 +75,10 @@ def test_compiles_into_one_graph_with_the_same_result(build):
         got = run(compiled, x, "sparse")
     assert_values(got.out, eager.out)
     for name, grad in eager.grads.items():
-        assert_gradients(got.grads["x" if name == "x" else f"_orig_mod.{name}"], grad, torch.float64, name)
+        other = got.grads["x" if name == "x" else f"_orig_mod.{name}"]
+        assert (other is None) == (grad is None), name
+        if grad is not None:
+            assert_gradients(other, grad, torch.float64, name)
     assert torch.equal(layer.last_cost.detach(), cost)
 
 
