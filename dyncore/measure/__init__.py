@@ -5,6 +5,7 @@ Floor 4: knows modules and callables, the ops only through their FLOP formulas. 
 
 from dyncore.measure.activation_sparsity import activation_sparsity
 from dyncore.measure.environment import environment, last_level_cache
+from dyncore.measure.exits import Exits, ExitStatistics, exits
 from dyncore.measure.flops import flops
 from dyncore.measure.records import new_results, read_results, write_results
 from dyncore.measure.savings import Savings, break_even, realised_saving, savings, scaling_efficiency
@@ -14,6 +15,8 @@ from dyncore.measure.timing import Interleaved, Timing, cold_copies
 
 __all__ = [
     "ActivationSparsity",
+    "ExitStatistics",
+    "Exits",
     "Interleaved",
     "LayerSparsity",
     "Savings",
@@ -22,6 +25,7 @@ __all__ = [
     "break_even",
     "cold_copies",
     "environment",
+    "exits",
     "flops",
     "last_level_cache",
     "new_results",

@@ -115,9 +115,9 @@ class Running:
         if not self.moves:
             self.live = stays if self.live is None else self.live & stays
             return zeroed(carried, self.live)
-        plan = select(stays)
-        if plan.num_slots == plan.num_rows:
+        if stays.all():
             return carried
+        plan = select(stays)
         rows = plan.rows.long()
         self.rows = rows if self.rows is None else self.rows[rows]
         if not plan.num_slots:
