@@ -7,6 +7,7 @@ from dyncore.measure.activation_sparsity import activation_sparsity
 from dyncore.measure.environment import environment, last_level_cache
 from dyncore.measure.exits import Exits, ExitStatistics, exits
 from dyncore.measure.flops import flops
+from dyncore.measure.ranking import Ranking, ranking
 from dyncore.measure.records import new_results, read_results, write_results
 from dyncore.measure.savings import Savings, break_even, realised_saving, savings, scaling_efficiency
 from dyncore.measure.sparsity_report import ActivationSparsity
@@ -19,6 +20,7 @@ __all__ = [
     "Exits",
     "Interleaved",
     "LayerSparsity",
+    "Ranking",
     "Savings",
     "Timing",
     "activation_sparsity",
@@ -29,6 +31,7 @@ __all__ = [
     "flops",
     "last_level_cache",
     "new_results",
+    "ranking",
     "read_results",
     "realised_saving",
     "savings",
