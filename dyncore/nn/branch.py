@@ -95,9 +95,7 @@ class Branch(DynamicLayer):
         self.router = router
         self.returns: str = expect_choice("returns", returns, RETURNS)
         self.exit: str = expect_choice("exit", exit, EXITS)
-        self.register_buffer("costs", shares(costs, len(branches)), persistent=False)
-
-    costs: Tensor
+        self.costs: tuple[float, ...] = shares(costs, len(branches))
 
     def forward(self, x: Tensor) -> Tensor:
         """x with its rows through their branches; the shape and dtype of x."""
@@ -176,7 +174,6 @@ class Hierarchy(Movable, DynamicLayer):
 
     threshold: Tensor
     group_of: Tensor
-    costs: Tensor
 
     def __init__(
         self,
@@ -203,7 +200,7 @@ class Hierarchy(Movable, DynamicLayer):
         self.register_buffer("group_of", group_of, persistent=False)
         self.register_buffer("_column", torch.tensor(order).argsort(), persistent=False)
         self.register_buffer("threshold", torch.tensor(float(threshold)))
-        self.register_buffer("costs", shares(costs, len(fine)), persistent=False)
+        self.costs: tuple[float, ...] = shares(costs, len(fine))
 
     _column: Tensor  # where each class stands among the classes in order of their groups
 
@@ -222,7 +219,7 @@ class Hierarchy(Movable, DynamicLayer):
             p = log_p.detach().exp()
             mask = p >= self.threshold * p.amax(1, keepdim=True)
         else:
-            mask = choose(lambda _: group, x, groups).mask
+            mask = choose(lambda _: group, x, groups, "group").mask
         plan = route_mask(mask)
         self.record(plan, functools.partial(share, mask, None, self.costs))
         rows, row_shape = x.reshape(x.shape[0], x.shape[1:].numel()), x.shape[1:]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dyncore.execution import mode
 from dyncore.nn import losses
 from dyncore.nn.base import DynamicLayer, expect_callable, expect_choice, expect_like, expect_size, linked
-from dyncore.nn.choices import shares
+from dyncore.nn.choices import share, shares
 from dyncore.nn.gates import Gate, Movable, shown
 from dyncore.nn.halting_steps import Outcome, attend, by_compaction, every_step, in_place, looks_across, over
 from dyncore.plan import is_eager_cpu, route_mask
@@ -39,9 +39,10 @@ class FeatureScore(nn.Module):
         return self.scale * x[..., self.index, None] + self.bias
 
 
-def _cost(mask: Tensor, remainder: Tensor, costs: Tensor) -> Tensor:
+def _cost(mask: Tensor, remainder: Tensor | None, costs: Sequence[float]) -> Tensor:
     """The share of the steps that each row took, with the gradient of its remainder, which weighs a mean step."""
-    return (mask * costs).sum(-1) + (remainder - remainder.detach()) / len(costs)
+    cost = share(mask, None, costs)
+    return cost if remainder is None else cost + (remainder - remainder.detach()) / len(costs)
 
 
 class AdaptiveDepth(Movable, DynamicLayer):
@@ -82,7 +83,6 @@ class AdaptiveDepth(Movable, DynamicLayer):
     _steps: Tensor | None = None
     _remainder: Tensor | None = None
     epsilon: Tensor
-    costs: Tensor
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ class AdaptiveDepth(Movable, DynamicLayer):
         self._joint: bool = looks_across(chain, tokens, spatial, attention)
         epsilon = (0.01 if halting == "act" else 0.5) if epsilon is None else epsilon
         self.register_buffer("epsilon", torch.tensor(float(epsilon)))
-        self.register_buffer("costs", shares(costs, self.num_steps), persistent=False)
+        self.costs: tuple[float, ...] = shares(costs, self.num_steps)
 
     def forward(self, x: Tensor) -> Tensor:
         """x after the steps of each row, in the shape and dtype of x; all states [K, ...] for "ponder" in training."""
@@ -153,9 +153,11 @@ class AdaptiveDepth(Movable, DynamicLayer):
             done = self._run(state, torch.rand_like(bound) if self.sample and self.halting == "ponder" else bound)
             steps = done.steps.view(lead)
             taken = torch.arange(self.num_steps, device=x.device) < steps[..., None]
-            self._keep(taken, done.remainder.view(lead) if self.halting == "act" else None, None)
+            remainder = linked(done.remainder.view(lead), self.halt) if self.halting == "act" else None
+            self._keep(taken, remainder, None)
             out = done.out.to(x.dtype).view(whole.shape)
-            for part in (*self.blocks[done.computed :], *self.halt[done.computed :]):
+            halts = self.halt[done.computed :] if self.halting == "act" else ()
+            for part in (*self.blocks[done.computed :], *halts):
                 out = linked(out, part)
         return out.movedim(-1, -3) if self.spatial else out
 
@@ -167,10 +169,8 @@ class AdaptiveDepth(Movable, DynamicLayer):
 
     def _keep(self, taken: Tensor, remainder: Tensor | None, halting: Tensor | None) -> None:
         plan = route_mask(taken.view(-1, self.num_steps))
-        costs = self.costs
-        rest = torch.ones(taken.shape[:-1], device=costs.device) if remainder is None else remainder
         steps = None if remainder is None else taken.sum(-1)
-        cost = functools.partial(_cost, taken, rest, costs)
+        cost = functools.partial(_cost, taken, remainder, self.costs)
         self.record(plan, cost, last_halting=halting, _steps=steps, _remainder=remainder)
 
     def _step(self, n: int, x: Tensor, live: Tensor | None) -> Tensor:

@@ -41,8 +41,6 @@ class PolicySkip(DynamicLayer):
     Raises TypeError or ValueError where the policy's decision does not fit x, or a block changes the shape.
     """
 
-    costs: Tensor
-
     def __init__(
         self,
         blocks: Sequence[nn.Module],
@@ -60,7 +58,7 @@ class PolicySkip(DynamicLayer):
         self.blocks: nn.ModuleList = nn.ModuleList(blocks)
         self.policy = policy
         self.returns: str = expect_choice("returns", returns, RETURNS)
-        self.register_buffer("costs", shares(costs, len(blocks)), persistent=False)
+        self.costs: tuple[float, ...] = shares(costs, len(blocks))
 
     def forward(self, x: Tensor, actions: Tensor | None = None) -> Tensor:
         """x with its rows through their blocks; the shape and dtype of x.
@@ -69,7 +67,7 @@ class PolicySkip(DynamicLayer):
             actions: bool [..., K]: taken in place of what the policy says, which is then not asked.
         """
         policy: Routing = self.policy if actions is None else lambda _: actions
-        mask, scale = choose(policy, x, len(self.blocks))
+        mask, scale = choose(policy, x, len(self.blocks), "policy" if actions is None else "actions")
         lead, row_shape = mask.shape[:-1], x.shape[mask.dim() - 1 :]
         size = (lead.numel(), len(self.blocks))
         flat = Choices(mask.reshape(size), None if scale is None else scale.reshape(size))

@@ -29,6 +29,11 @@ def block(**options) -> dc.nn.TransformerBlock:
     return dc.nn.TransformerBlock(D, 4, **options)
 
 
+def chain(length: int) -> list[nn.Module]:
+    """Modules that treat rows one by one."""
+    return [nn.Sequential(nn.Linear(D, 24), nn.Tanh(), nn.Linear(24, D)) for _ in range(length)]
+
+
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "skip": lambda: dc.nn.Skip(dc.nn.MLP(D, 24), dc.nn.StraightThroughGate(D)),
     "skip_update": lambda: dc.nn.Skip(dc.nn.MLP(D, 24), dc.nn.ThresholdGate(D), returns="update"),
@@ -46,6 +51,11 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "dynamic_k": lambda: dc.nn.DynamicKMoE(D, 6, 4, 0.05, activation="swiglu"),
     "acm_linear": lambda: dc.nn.ACMLinear(D, D, 4).eval(),
     "moe_expert_choice": lambda: dc.nn.MoE(D, 24, 6, 2, routing="expert_choice"),
+    "adaptive_depth": lambda: dc.nn.AdaptiveDepth(chain(4), dc.nn.FeatureScore(0, 30.0, 0.0), tokens=True),
+    "adaptive_depth_block": lambda: dc.nn.AdaptiveDepth(block(), dc.nn.FeatureScore(0, 1.0, 0.0), 3, tokens=True),
+    "branch": lambda: dc.nn.Branch(chain(3), dc.nn.ChoiceGate(D, 3, exit=True).eval()),
+    "branch_soft": lambda: dc.nn.Branch(chain(3), dc.nn.RectifiedGate(D, 3), returns="update"),
+    "policy_skip": lambda: dc.nn.PolicySkip(chain(4), dc.nn.RectifiedGate(D, 4)),
 }
 
 

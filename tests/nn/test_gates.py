@@ -115,6 +115,102 @@ def test_thresholds_move_at_run_time_without_a_retrace():
     assert len(graphs) == 1
 
 
+SWEPT = {
+    "threshold": lambda: dc.nn.ThresholdGate(D),
+    "straight_through": lambda: dc.nn.StraightThroughGate(D),
+    "gumbel": lambda: dc.nn.GumbelGate(D),
+    "hard_concrete": lambda: dc.nn.HardConcreteGate(D),
+    "choice": lambda: dc.nn.ChoiceGate(D, 3),
+    "rectified": lambda: dc.nn.RectifiedGate(D, 3),
+    "bernoulli": lambda: dc.nn.BernoulliPolicy(D),
+    "policy": lambda: dc.nn.BernoulliPolicy(D, 3),
+}
+
+
+@pytest.mark.parametrize("name", SWEPT)
+@torch.no_grad()
+def test_the_threshold_of_every_gate_sweeps_its_layer_from_all_to_none(name):
+    gate, x = SWEPT[name]().eval(), torch.randn(300, D) * 3
+    modules = [nn.Linear(D, D) for _ in range(3)]
+    if name in ("choice", "rectified"):
+        layer = dc.nn.Branch(modules, gate)
+    else:
+        layer = dc.nn.PolicySkip(modules, gate) if name == "policy" else dc.nn.Skip(modules[0], gate)
+    most = 1 / 3 if name == "choice" else 1.0  # it takes one of three
+    keep = []
+    for threshold in (-1.0, 0.0, 0.3, 0.5, 0.8, 1.0):
+        gate.threshold = threshold
+        layer(x)
+        keep.append(float(layer.last_cost.mean()))
+    assert keep[0] == pytest.approx(most)
+    assert keep[-1] == 0.0
+    assert keep == sorted(keep, reverse=True)
+    assert len(set(keep)) >= 4
+
+
+def test_hard_concrete_is_exactly_zero_and_one_at_times():
+    gate = dc.nn.HardConcreteGate(1)
+    nn.init.zeros_(gate.score.weight)
+    nn.init.zeros_(gate.score.bias)
+    x = torch.zeros(20000, 1)
+    mask, z, _ = gate(x)
+    assert torch.equal(mask, z > 0)
+    assert 0.1 < float((z == 0).float().mean()) < 0.4
+    assert 0.1 < float((z == 1).float().mean()) < 0.4
+    assert 0.0 <= float(z.detach().min()) <= float(z.detach().max()) <= 1.0
+    want = float(gate.open_probability(x[:1]).detach())
+    assert float(mask.float().mean()) == pytest.approx(want, abs=0.015)
+
+
+def test_hard_concrete_in_evaluation_is_the_clipped_stretched_sigmoid():
+    gate, x = dc.nn.HardConcreteGate(D).eval(), torch.randn(200, D) * 4
+    want = (probabilities(gate, x) * 1.2 - 0.1).clamp(0, 1)
+    mask, z, _ = gate(x)
+    torch.testing.assert_close(z, want)
+    assert 0 < int((~mask).sum()) < 200
+    got = torch.autograd.grad(gate.open_probability(x).mean(), gate.score.bias)[0]
+    shifted = torch.sigmoid(gate.score(x)[:, 0] - 2 / 3 * torch.log(torch.tensor(0.1 / 1.1)))
+    torch.testing.assert_close(got[0], (shifted * (1 - shifted)).mean().detach())
+
+
+def test_a_choice_is_the_highest_logit_and_in_training_a_sample_of_the_softmax():
+    gate = dc.nn.ChoiceGate(D, 3)
+    x = torch.randn(1, D).expand(20000, D)
+    p = gate.score(x[0]).softmax(0).detach()
+    mask, weight = gate(x)
+    torch.testing.assert_close(mask.float().mean(0), p, atol=0.015, rtol=0)
+    torch.testing.assert_close(weight, mask.float())
+    gate.eval()
+    assert torch.equal(gate(x[:1]).mask[0], p == p.max())
+
+
+def test_the_weight_of_a_choice_has_the_gradient_of_the_softmax():
+    x, weights = torch.randn(40, D), torch.randn(40, 3)
+    for weight in ("hard", "soft"):
+        gate = dc.nn.ChoiceGate(D, 3, 0.5, weight=weight).eval()
+        got = torch.autograd.grad((gate(x).weight * weights).sum(), gate.score.weight)[0]
+        want = torch.autograd.grad(((gate.score(x) / 0.5).softmax(1) * weights).sum(), gate.score.weight)[0]
+        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(gate(x).weight, (gate.score(x) / 0.5).softmax(1))
+
+
+def test_a_choice_with_an_exit_may_take_none():
+    gate, x = dc.nn.ChoiceGate(D, 2, exit=True).eval(), torch.randn(200, D)
+    best = gate.score(x).argmax(1)
+    mask = gate(x).mask
+    assert mask.shape == (200, 2)
+    assert torch.equal(mask.any(1), best != 2)
+    assert 0 < int((best == 2).sum()) < 200
+
+
+def test_a_rectified_gate_is_exactly_zero_where_its_logit_is_negative():
+    gate, x = dc.nn.RectifiedGate(D, 3), torch.randn(50, D)
+    mask, weight = gate(x)
+    logits = gate.score(x)
+    assert torch.equal(mask, logits > 0)
+    torch.testing.assert_close(weight, logits.tanh().clamp(min=0))
+
+
 def test_threshold_is_saved_with_the_model():
     gate, fresh = dc.nn.ThresholdGate(D), dc.nn.ThresholdGate(D)
     gate.threshold = 0.25
@@ -145,6 +241,17 @@ def test_scores_are_float32_under_autocast_and_in_half_precision():
         (lambda: dc.nn.TopKGate(D, float("nan")), ValueError, "capacity: expected a float ratio in 0..1 .* got nan"),
         (lambda: dc.nn.TopKGate(D, -1), ValueError, "capacity: expected .* an int count >= 0, got -1"),
         (lambda: dc.nn.TopKGate(D, True), TypeError, "capacity: expected a float ratio or an int count, got bool"),
+        (lambda: dc.nn.HardConcreteGate(D, 0.0), ValueError, "temperature: expected a number > 0, got 0.0"),
+        (lambda: dc.nn.HardConcreteGate(D, stretch=(0.0, 1.1)), ValueError, r"stretch: expected \(a, b\) with a < 0"),
+        (lambda: dc.nn.ChoiceGate(D, 0), ValueError, "num_choices: expected an int >= 1, got 0"),
+        (lambda: dc.nn.ChoiceGate(D, 2, -1.0), ValueError, "temperature: expected a number > 0, got -1.0"),
+        (lambda: dc.nn.ChoiceGate(D, 2, weight="none"), ValueError, "weight: expected one of hard, soft, got 'none'"),
+        (
+            lambda: dc.nn.ChoiceGate(nn.Linear(D, 2), 2, exit=True)(torch.randn(4, D)),
+            ValueError,
+            r"score: expected logits \[..., 3\], got shape \[4, 2\]",
+        ),
+        (lambda: dc.nn.RectifiedGate("16", 2), TypeError, "score: expected a width .* got str"),
         (
             lambda: dc.nn.ThresholdGate(nn.Linear(D, 3))(torch.randn(4, D)),
             ValueError,
