@@ -205,6 +205,12 @@ def tuned() -> bool:
     return torch.get_num_threads() in (_tables or ())
 
 
+def thread_counts() -> tuple[int, ...]:
+    """The numbers of threads for which there are measured tables."""
+    current()
+    return tuple(sorted(_tables or ()))
+
+
 @contextmanager
 def use(table: Table) -> Generator[None, None, None]:
     """`table` at today's number of threads, whatever the file says; for the whole process, within the block."""

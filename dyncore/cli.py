@@ -74,14 +74,17 @@ def _folder(text: str) -> Path:
     return path
 
 
-def _made(folder: Path, parser: argparse.ArgumentParser) -> Path:
-    """The folder, made and writable; else the command ends before anything is measured."""
+def _made(folder: Path, parser: argparse.ArgumentParser, force: bool) -> Path:
+    """The folder, made, writable and, but with `force`, without results; else the command ends before anything is
+    measured."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"argument --out: cannot make the folder {str(folder)!r}: {error.strerror}")
     if not os.access(folder, os.W_OK | os.X_OK):
         parser.error(f"argument --out: cannot write into the folder {str(folder)!r}")
+    if (folder / "results.json").exists() and not force:
+        parser.error(f"argument --out: the folder {str(folder)!r} holds results, which --force would write over")
     return folder
 
 
@@ -108,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--threads", type=_positive_int, metavar="N", help="default: torch.get_num_threads()")
     bench.add_argument("--dtype", type=_dtype, metavar="D", help="float32 or bfloat16 alone (default: both)")
     bench.add_argument("--out", type=_folder, metavar="FOLDER", help="default: bench-results/<time>")
+    bench.add_argument("--force", action="store_true", help="write over the results in FOLDER")
     bench.add_argument("--seconds", type=_positive_float, metavar="S", help="time for each point (default: 1, full 4)")
     bench.set_defaults(size="quick", parser=bench)
     tune = commands.add_parser(
@@ -125,8 +129,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     tune.add_argument("--quick", action="store_true", help="fewer sizes, under 30 seconds; cuda: 16-bit kernels alone")
     tune.add_argument("--threads", type=_positive_int, metavar="N", help="cpu: default torch.get_num_threads()")
+    tune.add_argument("--force", action="store_true", help="cpu: write what a busy machine measured, too")
     tune.set_defaults(parser=tune)
     return parser
+
+
+def _break_evens(threads: int, measured: Sequence[int]) -> str:
+    """Which table serves so many threads."""
+    others = " and ".join(str(n) for n in measured if n != threads)
+    if threads in measured:
+        return f"measured, for {threads} thread{'s' * (threads > 1)}" + (f" (and for {others})" if others else "")
+    if others:
+        return f"defaults, for the table is of {others} threads, and {threads} is in use; dyncore tune measures it"
+    return "defaults; dyncore tune measures this machine's"
 
 
 def _print_env(as_json: bool) -> int:
@@ -145,7 +160,7 @@ def _print_env(as_json: bool) -> int:
         "instruction set": env["isa"] or "-",
         "threads": str(env["threads"]),
         "GPU": env["gpu"] or "none found",
-        "break-evens": "measured" if env["tuned"] else "defaults; dyncore tune measures this machine's",
+        "break-evens": _break_evens(env["threads"], env["tuned_threads"]),
     }
     if env["tilings"]:
         lines["tilings"] = env["tilings"]
@@ -186,7 +201,7 @@ def _bench(args: argparse.Namespace, argv: Sequence[str]) -> int:
         "size": args.size,
         "dtype": args.dtype,
         "threads": args.threads,
-        "out": _made(args.out or default, args.parser),
+        "out": _made(args.out or default, args.parser, args.force),
         "seconds": args.seconds or _SECONDS[args.size],
         "min_rounds": _MIN_ROUNDS[args.size],
         "command": " ".join(["dyncore", *argv]),
@@ -198,12 +213,14 @@ def _tune(args: argparse.Namespace) -> int:
     if args.cuda_index is not None:
         if args.threads is not None:
             args.parser.error("argument --threads: not allowed with a CUDA device")
+        if args.force:
+            args.parser.error("argument --force: not allowed with a CUDA device")
         from dyncore import tune_cuda
 
         return tune_cuda.run(tune_cuda.QUICK if args.quick else tune_cuda.FULL, args.cuda_index)
     from dyncore.tune import FULL, QUICK, run
 
-    return run(QUICK if args.quick else FULL, args.threads)
+    return run(QUICK if args.quick else FULL, args.threads, force=args.force)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

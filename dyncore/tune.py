@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import itertools
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -32,6 +33,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GROUPS = 4
 _DENSITIES = (0.5, 0.75, 1.0)
 _NONZEROS = (0.1, 0.25, 0.4, 0.55)
+# Spread of a quarter of the cells from which a machine counts as busy. Measured by tune --quick with 2 threads on 2
+# cores: 0.08 with nothing beside it, 1.2 beside two other programs.
+NOISY = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +59,11 @@ def _weights(op: str, groups: int, width: int, dtype: torch.dtype) -> tuple[Tens
     half = width // 2
     shapes = [(width, width)] if op == "grouped_linear" else [(2 * half, half), (half, 2 * half)]
     return tuple((torch.randn(groups, n, k) / k**0.5).to(dtype) for n, k in shapes)
+
+
+def _spread(timings: dict[str, Timing]) -> float:
+    """How much the samples of a cell's ways vary: the median of their interquartile ranges, as shares of the median."""
+    return float(f"{statistics.median(timing.spread for timing in timings.values()):.3g}")
 
 
 def _rounds(ways: dict[str, Callable[..., Any]], weights: tuple[Tensor, ...], seconds: float) -> dict[str, Timing]:
@@ -85,7 +94,8 @@ def executor_cell(op: str, dtype: torch.dtype, rows: int, width: int, seconds: f
         timings = _rounds({"ours": way(cpu), "torch": way(torch_matmul)}, weights, seconds)
     gflop = 2e-9 * slots * width**2
     rates = {name: float(f"{gflop / timing.median:.4g}") for name, timing in timings.items()}
-    return {"op": op, "dtype": str(dtype).removeprefix("torch."), "rows": rows, "weights": width**2, **rates}
+    cell = {"op": op, "dtype": str(dtype).removeprefix("torch."), "rows": rows, "weights": width**2}
+    return {**cell, **rates, "spread": _spread(timings)}
 
 
 def masked_cell(op: str, dtype: torch.dtype, rows: int, width: int, seconds: float) -> dict[str, Any]:
@@ -108,7 +118,8 @@ def masked_cell(op: str, dtype: torch.dtype, rows: int, width: int, seconds: flo
     limit = timings["masked"].median * MARGIN
     density = None if times[-1] <= limit else crossing(_DENSITIES, times, limit) or _DENSITIES[0]
     name = str(dtype).removeprefix("torch.")
-    return {"op": op, "dtype": name, "rows": rows, "weights": width**2, "density": density}
+    cell = {"op": op, "dtype": name, "rows": rows, "weights": width**2}
+    return {**cell, "density": density, "spread": _spread(timings)}
 
 
 def dense_cell(dtype: torch.dtype, rows: int, width: int, seconds: float) -> dict[str, Any]:
@@ -126,7 +137,8 @@ def dense_cell(dtype: torch.dtype, rows: int, width: int, seconds: float) -> dic
     limit = timings["dense"].median
     density = None if times[-1] <= limit else crossing(_NONZEROS, times, limit) or _NONZEROS[0]
     name = str(dtype).removeprefix("torch.")
-    return {"op": "sparse_linear", "dtype": name, "rows": rows, "weights": width**2, "density": density}
+    cell = {"op": "sparse_linear", "dtype": name, "rows": rows, "weights": width**2}
+    return {**cell, "density": density, "spread": _spread(timings)}
 
 
 def _executor_line(cell: dict[str, Any]) -> str:
@@ -169,8 +181,15 @@ _HEADINGS = {
 }
 
 
-def run(effort: Effort, threads: int | None = None) -> int:
-    """Measure, print, write; the exit status. Tables of other thread counts, made by the same machine, are kept."""
+def _noise(record: dict[str, Any]) -> float:
+    """How much the samples of a quarter of the cells vary, at least."""
+    spreads = [cell["spread"] for cells in record.values() for cell in cells]
+    return statistics.quantiles(spreads, n=4, method="inclusive")[2]
+
+
+def run(effort: Effort, threads: int | None = None, *, force: bool = False) -> int:
+    """Measure, print, write; the exit status. Tables of other thread counts, made by the same machine, are kept. Times
+    that vary as those of a busy machine do are written with `force` alone."""
     if threads is not None:
         torch.set_num_threads(threads)
     if not cpu.available:
@@ -196,6 +215,14 @@ def run(effort: Effort, threads: int | None = None) -> int:
             print(_HEADINGS[name])
         print(line, flush=True)
         record[name].append(cell)
+    noise = _noise(record)
+    if noise > NOISY and not force:
+        print(
+            f"dyncore tune: a quarter of the times vary by {noise:.0%} and more (on a quiet machine by less than "
+            f"{NOISY:.0%}): other programs are at work. Nothing was written; try again without them, or with --force",
+            file=sys.stderr,
+        )
+        return 1
     try:
         old = read(file)
     except (OSError, ValueError):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import dyncore
+from dyncore import break_even
 from dyncore.cli import main
 from dyncore.measure import read_results
 
@@ -48,6 +49,28 @@ def test_env_as_json():
     env = json.loads(run("env", "--json").stdout)
     assert env["versions"]["dyncore"] == dyncore.__version__
     assert env["threads"] == 1
+
+
+@pytest.mark.parametrize(
+    ("measured", "says"),
+    [
+        ([], "defaults; dyncore tune measures this machine's"),
+        ([1], "measured, for 1 thread"),
+        ([1, 4], "measured, for 1 thread (and for 4)"),
+        ([2, 4], "defaults, for the table is of 2 and 4 threads, and 1 is in use; dyncore tune measures it"),
+    ],
+)
+def test_env_says_for_how_many_threads_break_evens_were_measured(measured, says, tmp_path, monkeypatch, capsys):
+    record = {"masked": [], "executors": [], "dense": []}
+    table = {"schema": break_even.SCHEMA, "machine": break_even.machine(), "threads": dict.fromkeys(measured, record)}
+    (tmp_path / "tune.json").write_text(json.dumps(table))
+    monkeypatch.setenv("DYNCORE_CACHE", str(tmp_path))
+    monkeypatch.setattr(break_even, "_tables", None)
+    monkeypatch.setattr(break_even, "_idle", False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert main(["env"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("break-evens ")]
+    assert line.split(maxsplit=1)[1] == says
 
 
 def test_env_needs_torch_alone():
@@ -104,6 +127,7 @@ def test_help_of_tune_has_an_example_of_each_device(capsys):
         ),
         (["bench", "--tiny", "--out", f"{__file__}/x"], f"cannot make the folder '{__file__}/x': Not a directory"),
         (["bench", "--tiny", "--out", "x" * 300], "xxx': File name too long"),
+        (["tune", "--device", "cuda", "--force"], "argument --force: not allowed with a CUDA device"),
         (["tune", "--device", "tpu"], "argument --device: expected cpu, cuda or cuda:<number>, got 'tpu'"),
         (["tune", "--device", "cuda:x"], "argument --device: expected cpu, cuda or cuda:<number>, got 'cuda:x'"),
         (["tune", "--device", "cuda", "--threads", "2"], "argument --threads: not allowed with a CUDA device"),
@@ -178,6 +202,20 @@ def test_a_bench_from_end_to_end_writes_all_files_and_a_table(tmp_path):
     assert "beta state" not in done.stderr  # torch's word on its sparse tensors
     assert "faster than dense" in done.stdout
     assert str(out / "index.html") in done.stdout
+
+
+def test_results_are_written_over_when_forced_alone(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    asked = []
+    monkeypatch.setattr("dyncore.bench.run.run", lambda options: asked.append(options.out) or 0)
+    args = ["bench", "moe", "--tiny", "--out", str(tmp_path)]
+    assert main(args) == 0
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        main(args)
+    assert f"folder '{tmp_path}' holds results, which --force would write over" in capsys.readouterr().err
+    assert main([*args, "--force"]) == 0
+    assert asked == [tmp_path] * 2
 
 
 def test_names_and_dtype_choose_points(tmp_path):

@@ -227,7 +227,7 @@ needs_kernels = pytest.mark.skipif(not cpu.available, reason="nothing to choose 
 
 @needs_kernels
 def test_tune_prints_and_writes_what_is_read_then(folder, capsys):
-    assert tune.run(TINY) == 0
+    assert tune.run(TINY, force=True) == 0
     out = capsys.readouterr().out
     (record,) = json.loads((folder / "tune.json").read_text())["threads"].values()
     cells = len(tune.OPS) * len(tune.DTYPES)
@@ -248,7 +248,7 @@ def test_tune_keeps_what_was_measured_with_other_thread_counts_on_this_machine(f
         ({"schema": "?"}, False),
     ):
         write(folder, others)
-        assert tune.run(TINY) == 0
+        assert tune.run(TINY, force=True) == 0
         measured = json.loads((folder / "tune.json").read_text())["threads"]
         assert set(measured) == {str(threads)} | ({"77"} if kept else set())
 
@@ -261,8 +261,20 @@ def test_tune_says_where_it_cannot_write(folder, monkeypatch, capsys):
     assert "cannot make the folder" in capsys.readouterr().err
     monkeypatch.setenv("DYNCORE_CACHE", str(folder))
     (folder / "tune.json").mkdir()
-    assert tune.run(TINY) == 1
+    assert tune.run(TINY, force=True) == 1
     assert "cannot write" in capsys.readouterr().err
+
+
+@needs_kernels
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize(("spread", "noisy"), [(0.2, False), (0.3, True)])
+def test_times_of_a_busy_machine_are_written_when_forced_alone(folder, monkeypatch, capsys, spread, noisy, force):
+    samples = [round(1000 * (1 + spread * x)) for x in (-1, -0.5, 0, 0.5, 1)]  # quartiles half the spread away
+    monkeypatch.setattr(tune, "_rounds", lambda ways, *args: {name: tune.Timing(tuple(samples)) for name in ways})
+    refused = noisy and not force
+    assert tune.run(TINY, force=force) == int(refused)
+    assert (folder / "tune.json").exists() != refused
+    assert ("a quarter of the times vary by 30% and more" in capsys.readouterr().err) == refused
 
 
 def test_the_density_is_where_skipping_stops_being_faster(monkeypatch):
@@ -309,7 +321,7 @@ def test_the_table_says_from_which_density_a_sparse_op_is_dense(folder):
 def test_tune_needs_torch_alone(tmp_path):
     code = "import sys\nfor p in ('rich', 'matplotlib', 'numpy', 'triton'): sys.modules[p] = None\n"
     code += "import dyncore.measure.timing as timing\nfrom dyncore import cli, tune\ntiming.last_level_cache = lambda: 2**12\n"
-    code += "tune.QUICK = tune.Effort((2,), (16,), (8,), (16,), 0.0)\nsys.exit(cli.main(['tune', '--quick', '--threads', '1']))"
+    code += "tune.QUICK = tune.Effort((2,), (16,), (8,), (16,), 0.0)\nsys.exit(cli.main(['tune', '--quick', '--threads', '1', '--force']))"
     environment = os.environ | {"DYNCORE_CACHE": str(tmp_path / "new" / "folder")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment)
     if cpu.available:

@@ -132,6 +132,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "isa": cpu.isa() if cpu.available else None,
         "tuned": break_even.tuned(),
+        "tuned_threads": list(break_even.thread_counts()),
         "tilings": _tilings(),
         "last_level_cache_bytes": last_level_cache(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
