@@ -52,7 +52,9 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "acm_linear": lambda: dc.nn.ACMLinear(D, D, 4).eval(),
     "moe_expert_choice": lambda: dc.nn.MoE(D, 24, 6, 2, routing="expert_choice"),
     "adaptive_depth": lambda: dc.nn.AdaptiveDepth(chain(4), dc.nn.FeatureScore(0, 30.0, 0.0), tokens=True),
-    "adaptive_depth_block": lambda: dc.nn.AdaptiveDepth(block(), dc.nn.FeatureScore(0, 1.0, 0.0), 3, tokens=True),
+    "adaptive_depth_block": lambda: dc.nn.AdaptiveDepth(
+        block(), dc.nn.FeatureScore(0, 2.0, 0.0), 3, epsilon=0.3, tokens=True
+    ),
     "branch": lambda: dc.nn.Branch(chain(3), dc.nn.ChoiceGate(D, 3, exit=True).eval()),
     "branch_soft": lambda: dc.nn.Branch(chain(3), dc.nn.RectifiedGate(D, 3), returns="update"),
     "policy_skip": lambda: dc.nn.PolicySkip(chain(4), dc.nn.RectifiedGate(D, 4)),
