@@ -1,7 +1,9 @@
 """Converting trained models, in place and under the same names, to layers that skip."""
 
+from dyncore.convert.acmize import acmize
 from dyncore.convert.lay_out import lay_out
 from dyncore.convert.mixture_of_depths import mixture_of_depths
+from dyncore.convert.moefy import moefy
 from dyncore.convert.relu_sparse import relu_sparse
 
-__all__ = ["lay_out", "mixture_of_depths", "relu_sparse"]
+__all__ = ["acmize", "lay_out", "mixture_of_depths", "moefy", "relu_sparse"]

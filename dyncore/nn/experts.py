@@ -17,8 +17,18 @@ from dyncore.nn.mlp import ACTIVATIONS, MLP
 
 __all__ = ["ExpertWeights", "read_expert", "write_expert"]
 
-# (gate or only input, up or None, output), by the names in use: Mixtral, Llama and Qwen, GPT and OPT, this package
-_NAMES = (("w1", "w3", "w2"), ("gate_proj", "up_proj", "down_proj"), ("fc1", None, "fc2"), ("w_in", None, "w_out"))
+# (gate or only input, up or None, output), by the names in use: Mixtral, Llama and Qwen, GPT and OPT, this package, T5,
+# DistilBERT, Nemotron
+_NAMES = (
+    ("w1", "w3", "w2"),
+    ("gate_proj", "up_proj", "down_proj"),
+    ("fc1", None, "fc2"),
+    ("w_in", None, "w_out"),
+    ("wi_0", "wi_1", "wo"),
+    ("wi", None, "wo"),
+    ("lin1", None, "lin2"),
+    ("up_proj", None, "down_proj"),
+)
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _PASSED = (nn.Linear, nn.Identity, *DROPOUTS)  # children that are no activation
 _GATED_BY = {gate: gated for gated, gate in activations.GATED.items()}
@@ -72,8 +82,8 @@ def _linears(module: nn.Module, name: str) -> tuple[nn.Linear, nn.Linear | None,
     if isinstance(module, nn.Sequential) and len(linears) == 2:
         return linears[0], None, linears[1]
     raise ValueError(
-        f"{name}: expected a module with Linear layers w1/w2/w3, gate_proj/up_proj/down_proj, fc1/fc2 or w_in/w_out, "
-        f"or Sequential(Linear, activation, Linear), got {type(module).__name__}"
+        f"{name}: expected a module with Linear layers w1/w2/w3, gate_proj/up_proj/down_proj, fc1/fc2, w_in/w_out, "
+        f"wi/wo or lin1/lin2, or Sequential(Linear, activation, Linear), got {type(module).__name__}"
     )
 
 
@@ -124,7 +134,7 @@ def tolerance_of(dtype: torch.dtype) -> float:
 
 
 @torch.no_grad()
-def _expect_same_results(module: nn.Module, weights: ExpertWeights, name: str) -> None:
+def expect_same_mlp(module: nn.Module, weights: ExpertWeights, name: str) -> None:
     """ValueError unless the module in evaluation gives, on random rows, what an MLP of these weights gives."""
     w_in, w_out, b_in, b_out, activation = weights
     if w_in.is_meta:  # no numbers to compare
@@ -200,7 +210,7 @@ def read_expert(module: nn.Module, activation: str | None = None, *, name: str =
             f"got {list(w_in.shape)} and {list(last.weight.shape)}"
         )
     weights = ExpertWeights(w_in, last.weight, b_in, last.bias, activation)
-    _expect_same_results(module, weights, name)
+    expect_same_mlp(module, weights, name)
     return weights
 
 
