@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from dyncore.nn.advice import advice
 from dyncore.nn.base import expect_choice
 from dyncore.nn.dense_mlps import NAMES, expect_plain, hooked
 from dyncore.nn.experts import DROPOUTS
@@ -63,10 +64,12 @@ class Kept:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Report:
-    """What relu_sparse did: `swapped`; and `kept`, which look like MLPs and were left as they are."""
+    """What relu_sparse did: `swapped`; and `kept`, which look like MLPs and were left as they are; `advice`, where
+    nothing skips, says what could."""
 
     swapped: tuple[Swap, ...]
     kept: tuple[Kept, ...]
+    advice: str = ""
 
     def __repr__(self) -> str:
         done = sum(k.reason == _ALREADY for k in self.kept)
@@ -80,7 +83,7 @@ class Report:
             lines.append(f"  {s.name}: {s.was} -> {s.now}, {s.activation}, H={s.shape[0]}, I={s.shape[1]}{note}")
         for k in self.kept:
             lines.append(f"  {k.name}: {k.kind} {k.reason if k.reason == _ALREADY else f'kept: {k.reason}'}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  {line}" for line in self.advice.splitlines())])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -361,4 +364,5 @@ def relu_sparse(model: nn.Module, *, save: str = "compressed") -> Report:
     expect_choice("save", save, SAVE)
     conversion = _Conversion(model, save)
     conversion.convert(model, "", root=True)
-    return Report(tuple(conversion.swapped), tuple(conversion.kept))
+    skips = conversion.swapped or any(k.reason == _ALREADY for k in conversion.kept)
+    return Report(tuple(conversion.swapped), tuple(conversion.kept), "" if skips else advice(model))

@@ -15,6 +15,7 @@ from dyncore import activations
 from dyncore.measure.sparsity_report import ActivationSparsity
 from dyncore.measure.sparsity_statistics import Accumulator, LayerSparsity
 from dyncore.measure.sparsity_verdict import Products
+from dyncore.nn.advice import advice
 from dyncore.nn.fused_pair import FusedSecond, emptied
 
 Rows = Callable[[Any, str], Tensor | None]
@@ -290,4 +291,4 @@ class _Watch:
             )
         masks = {name: self._accumulators[name].recorded for name in layers} if self._record_masks else {}
         unwatched = {name: self._unwatched[name] for name in self._modules if name in self._unwatched}
-        return ActivationSparsity(layers, unwatched, masks)
+        return ActivationSparsity(layers, unwatched, masks, "" if layers else advice(self._model))

@@ -55,11 +55,13 @@ class ActivationSparsity:
         unwatched: why other layers were not watched, by name.
         masks: bool [R, I] by layer: the first rows, as many as `record_masks` asked for; `dyncore.masks.save` stores
             them.
+        advice: where no layer was watched, what of the model could skip.
     """
 
     layers: dict[str, LayerSparsity]
     unwatched: dict[str, str]
     masks: dict[str, Tensor]
+    advice: str = ""
 
     def record(self) -> dict[str, Any]:
         """A document of schema dyncore.activation_sparsity/1: created, environment, which break-evens served
@@ -93,7 +95,8 @@ class ActivationSparsity:
     def __str__(self) -> str:
         if not self.layers:
             why = "" if self.unwatched else ": no nn.Linear and no module that fuses one was found, or none was chosen"
-            return "\n".join([f"no layer was watched{why}", *(f"{n}: {w}" for n, w in self.unwatched.items())])
+            layers = (f"{n}: {w}" for n, w in self.unwatched.items())
+            return "\n".join([f"no layer was watched{why}", *layers, *self.advice.splitlines()])
         sizes = list(next(iter(self.layers.values())).union)
         tiles = [f"union {size}" for size in sizes if size > 1]
         head = ["layer", "kind", "neurons", "zeros", "5%..95% of tokens", "dead", "hot", "Gini", "Jaccard", "random"]

@@ -56,7 +56,10 @@ def expect_shape(name: str, value: Tensor, letters: str, sizes: tuple[int | None
         else:
             return
     form = ", ".join(n if w is None else f"{n}={w}" for n, w in zip(letters.split(), sizes, strict=True))
-    raise ValueError(f"{name}: expected shape [{form}], got {list(got)}")
+    turned = (*got[:-2], *got[:-3:-1]) if name.startswith("w") else ()
+    fits = len(turned) == len(sizes) and all(w is None or g == w for g, w in zip(turned, sizes, strict=True))
+    hint = f"; stored transposed? {name}.mT is read where it lies" if fits else ""
+    raise ValueError(f"{name}: expected shape [{form}], got {list(got)}{hint}")
 
 
 def expect_rows(name: str, x: Tensor, plan: Plan) -> Tensor:

@@ -348,6 +348,10 @@ BAD_CALLS = {
     "w_in: expected shape [G=3, I=31, H=33], got [3, 30, 33]": (ValueError, {"w_in": torch.zeros(3, 30, 33)}),
     "w_in: expected shape [G=3, 2I=62, H=33], got [3, 31, 33]": (ValueError, {"activation": "swiglu"}),
     "w_out: expected shape [G=3, H=33, I], got [2, 33, 31]": (ValueError, {"w_out": torch.zeros(2, 33, 31)}),
+    "w_in: expected shape [G=3, I=31, H=33], got [3, 33, 31]; stored transposed? w_in.mT is read where it lies": (
+        ValueError, {"w_in": torch.zeros(3, 33, 31)}),
+    "w_out: expected shape [G=3, H=33, I], got [3, 31, 33]; stored transposed? w_out.mT is": (
+        ValueError, {"w_out": torch.zeros(3, 31, 33)}),
     "w_out: expected the dtype of x, torch.float32, got torch.float64": (
         TypeError, {"w_out": torch.zeros(3, 33, 31, dtype=torch.float64)}),
     "b_in: expected shape [G=3, I=31], got [31]": (ValueError, {"b_in": torch.zeros(31)}),

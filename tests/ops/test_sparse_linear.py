@@ -249,7 +249,10 @@ BAD_CALLS = {
         TypeError,
         {"weight": torch.zeros(33, 71).half()},
     ),
-    "weight: expected shape [N, I=71], got [71, 33]": (ValueError, {"weight": torch.zeros(71, 33)}),
+    "weight: expected shape [N, I=71], got [71, 33]; stored transposed? weight.mT is": (
+        ValueError,
+        {"weight": torch.zeros(71, 33)},
+    ),
     "weight: expected a tensor on cpu, got one on meta": (ValueError, {"weight": torch.zeros(33, 71, device="meta")}),
     "bias: expected shape [N=33], got [71]": (ValueError, {"bias": torch.zeros(71)}),
     "bias: expected the dtype of h, torch.float32, got torch.float64": (TypeError, {"bias": torch.zeros(33).double()}),
