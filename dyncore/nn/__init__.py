@@ -31,6 +31,7 @@ from dyncore.nn.sparse_mlp import SparseLinear, SparseMLP
 from dyncore.nn.token_drop import LocalGlobalScore, TokenDrop, TokenMerge
 from dyncore.nn.tokens import MixtureOfDepths, TokenSkip
 from dyncore.nn.tree import TreeMLP
+from dyncore.nn.with_exits import WithExits
 
 __all__ = [
     "ACM",
@@ -75,6 +76,7 @@ __all__ = [
     "TopKGate",
     "TransformerBlock",
     "TreeMLP",
+    "WithExits",
     "attention",
     "collect_costs",
     "collect_losses",

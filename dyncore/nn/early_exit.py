@@ -47,10 +47,14 @@ class ExitLayer(DynamicLayer):
         expect_callable("criterion", criterion)
         if num_exits > 1:
             exits.threshold_of(criterion, num_exits - 2)
-        reached = exits.cumulative(costs, num_exits)
         self.criterion = criterion
-        self.costs: tuple[float, ...] = (1.0 / num_exits,) * num_exits if costs is None else tuple(map(float, costs))
         self.num_exits: int = num_exits
+        self.set_costs(costs)
+
+    def set_costs(self, costs: Costs) -> None:
+        """Say what each stage costs with its exit: K numbers, or None where all cost the same."""
+        reached = exits.cumulative(costs, self.num_exits)
+        self.costs: tuple[float, ...] = tuple(map(float, costs or [reached[0]] * self.num_exits))
         self._shares = tuple(cost / reached[-1] for cost in reached)
 
     @property
