@@ -11,7 +11,14 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/drop_in.md", "docs/quickstart.ipynb", "docs/relu_sparsity.md", "docs/your_own_layer.md")
+PAGES = (
+    "README.md",
+    "docs/drop_in.md",
+    "docs/quickstart.ipynb",
+    "docs/relu_sparsity.md",
+    "docs/tokens.md",
+    "docs/your_own_layer.md",
+)
 FRAGMENTS = ("docs/transformers.md",)  # code around a model of the reader's own
 PUBLIC = (
     "dyncore",

@@ -1,6 +1,5 @@
 """measure.ranking: agreement of rankings by compute, against definitions written out, and what its tables say."""
 
-import itertools
 import json
 import math
 import sys
@@ -14,15 +13,9 @@ scipy = pytest.importorskip("scipy.stats")
 
 
 def tau_b(a, b):
-    concordant = discordant = ties_a = ties_b = 0
-    for i, j in itertools.combinations(range(len(a)), 2):
-        x, y = float(a[i] - a[j]), float(b[i] - b[j])
-        concordant += x * y > 0
-        discordant += x * y < 0
-        ties_a += x == 0
-        ties_b += y == 0
-    pairs = len(a) * (len(a) - 1) // 2
-    return (concordant - discordant) / math.sqrt((pairs - ties_a) * (pairs - ties_b))
+    """By all pairs, each counted twice."""
+    x, y = ((v[:, None] - v[None, :]).sign() for v in (a, b))
+    return float((x * y).sum() / ((x != 0).sum() * (y != 0).sum()).sqrt())
 
 
 def test_the_measures_are_their_definitions():

@@ -1,0 +1,55 @@
+"""TokenMerge (ToMe, Bolya 2023): a trained vision transformer, not trained for it, merges tokens behind its blocks.
+
+python -m examples.token_merge
+"""
+
+from __future__ import annotations
+
+import copy
+
+from torch import Tensor, nn
+
+from dyncore.nn import TokenMerge
+from examples.common import Result, curve, main, train
+from examples.vit import DEPTH, Vit, images
+
+SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+
+
+class Merging(nn.Module):
+    """The blocks of a trained Vit with a merge behind each but the last."""
+
+    def __init__(self, vit: Vit) -> None:
+        super().__init__()
+        self.vit = copy.deepcopy(vit)
+        self.merges = nn.ModuleList(TokenMerge(0.0) for _ in range(DEPTH - 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, 10]."""
+        x, sizes = self.vit.tokens(images), None
+        for i, layer in enumerate(self.vit.blocks):
+            x = layer(x, sizes=sizes)
+            if i < DEPTH - 1:
+                x, sizes, _ = self.merges[i].merge(x, sizes)  # type: ignore[operator]
+        return self.vit.head(self.vit.norm(x[:, 0]))
+
+
+def move(model: nn.Module, share: float) -> None:
+    """Set the share of its tokens that every merge takes away."""
+    for module in model.modules():
+        if isinstance(module, TokenMerge):
+            module.r = share
+
+
+def run(quick: bool) -> Result:
+    """The curve over shares: the dense network and the same one with merges."""
+    data, epochs = images(quick)
+    dense = train(Vit(), data.train, epochs=epochs)
+    assert isinstance(dense, Vit)
+    points = curve(dense, Merging(dense), move, SHARES, data.test, seconds=0.2 if quick else 8.0)
+    note = "threshold: the share merged at each of three places, no training for it; the first block is dense"
+    return Result("TokenMerge", *points, note=note)
+
+
+if __name__ == "__main__":
+    main(run, __doc__)
