@@ -18,6 +18,10 @@ using namespace dyncore::bindings;
 
 namespace {
 
+// To be raised, here and in dyncore/backends/cpu.py, with every change to what these functions take or give: a module
+// that was built from other sources is then refused when it is imported, and does not fail within a call.
+constexpr int kInterface = 0;
+
 // Checks the plan and runs the kernel, both without the GIL.
 template <class Op>
 void launch(void (*Kernels::*kernel)(const Op&), const Op& op, bool uses_inverse) {
@@ -372,6 +376,7 @@ int64_t count_routed(py::handle expert_, int64_t num_groups) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels; dyncore/backends is their only caller.";
+  m.attr("interface") = kInterface;
   find_tensor_api();
   m.def("supported_isas", &supported_isas);
   m.def("select_isa", &select_isa);

@@ -22,6 +22,7 @@ from dyncore import activations
 from dyncore.backends import reference, torch_matmul
 from dyncore.break_even import torch_is_faster
 
+INTERFACE = 0  # of dyncore._C, as csrc/bindings/module.cpp has it
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
@@ -54,6 +55,10 @@ def _load() -> tuple[Any, str]:
         native = importlib.import_module("dyncore._C")
     except (ImportError, OSError) as error:
         return None, f"dyncore._C cannot be imported: {error}"
+    built = getattr(native, "interface", 0)
+    if built != INTERFACE:
+        why = f"dyncore._C was built from other sources (interface {built}, expected {INTERFACE})"
+        return None, f"{why}: rebuild it with pip install -e ."
     native.select_isa(os.environ.get("DYNCORE_CPU_ISA", ""))
     return native, ""
 

@@ -61,6 +61,16 @@ def test_one_openmp_runtime_is_loaded():
     assert done.stdout.split()[-1] == "1", done.stdout + done.stderr
 
 
+@needs_module
+def test_a_module_that_was_built_from_other_sources_is_refused(monkeypatch):
+    assert cpu.native.interface == cpu.INTERFACE
+    monkeypatch.setattr(cpu, "INTERFACE", cpu.INTERFACE + 1)
+    native, reason = cpu._load()
+    assert native is None
+    assert reason.startswith("dyncore._C was built from other sources (interface ")
+    assert reason.endswith("rebuild it with pip install -e .")
+
+
 def test_without_the_compiled_module_the_reference_serves():
     code = (
         "import sys, torch\n"
