@@ -251,7 +251,7 @@ def test_heads_may_use_the_exit_before():
     first = heads[0](model[:2](x))
     second = heads[1](model[:4](x), previous=first)
     assert torch.equal(layer.every_exit(x)[1], second)
-    layer.threshold = [float(torch.softmax(first, 1).amax(1).median()), -INF]
+    layer.threshold = [torch.softmax(first, 1).amax(1).median().item(), -INF]
     out = layer(x)
     assert layer.last_exit.unique().numel() == 2
     assert_values(out, torch.where((layer.last_exit == 0)[:, None], first, second).detach())

@@ -7,8 +7,6 @@ samples cannot leave midway is found by running it so, and refused.
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +16,7 @@ from torch import Tensor, nn
 
 from dyncore.execution import execution
 from dyncore.measure.agreement import disagreement
-from dyncore.measure.flops import flops
+from dyncore.measure.exits import exit_costs
 from dyncore.nn import exits
 from dyncore.nn.base import expect_choice
 from dyncore.nn.cascade import logits_of
@@ -115,7 +113,8 @@ def add_early_exits(
             try:
                 _check(result, args, kwargs)
                 if costs is None:
-                    _set_costs(result, args, kwargs)
+                    costs = exit_costs(result, kwargs or args)
+                    result.set_costs(costs if sum(costs) else None)
             except BaseException:
                 result.remove()
                 raise
@@ -257,17 +256,3 @@ def _check(layer: WithExits, args: Any, kwargs: Any) -> None:
     why = disagreement(got, want.double())
     if why:
         raise ValueError(f"model: expected one that treats each sample alone; where some leave, others change: {why}")
-
-
-def _set_costs(layer: WithExits, args: Any, kwargs: Any) -> None:
-    """What each part costs: FLOPs of one sample of the example."""
-    one_args, one_kwargs = _samples((args, kwargs), 1)
-    kept, reached = layer.criterion, [0.0]
-    layer.criterion = exits.MaxProbability([0.0] * (layer.num_exits - 1))
-    for k in range(layer.num_exits):
-        layer.threshold = [math.inf] * k + [-math.inf] * (layer.num_exits - 1 - k)
-        with execution("sparse"):
-            reached.append(float(flops(layer, *one_args, **one_kwargs)))
-    layer.criterion = kept
-    costs = [max(b - a, 0.0) for a, b in itertools.pairwise(reached)]
-    layer.set_costs(costs if sum(costs) else None)

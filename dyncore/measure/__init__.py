@@ -5,7 +5,7 @@ Floor 4: knows modules and callables, the ops only through their FLOP formulas. 
 
 from dyncore.measure.activation_sparsity import activation_sparsity
 from dyncore.measure.environment import environment, last_level_cache
-from dyncore.measure.exits import Exits, ExitStatistics, exits
+from dyncore.measure.exits import Exits, ExitStatistics, exit_costs, exits
 from dyncore.measure.flops import flops
 from dyncore.measure.ranking import Ranking, ranking
 from dyncore.measure.records import new_results, read_results, write_results
@@ -27,6 +27,7 @@ __all__ = [
     "break_even",
     "cold_copies",
     "environment",
+    "exit_costs",
     "exits",
     "flops",
     "last_level_cache",

@@ -7,13 +7,18 @@ reaches it lies below that on everything, and its confidence may promise more th
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from dyncore.execution import execution
+from dyncore.measure.flops import flops
 from dyncore.nn import exits as criteria
 from dyncore.nn.early_exit import ExitLayer
 
@@ -135,22 +140,52 @@ def exits(model: ExitLayer, x: object, y: Tensor, *, batch: int = 256) -> Exits:
     )
 
 
-def _every_exit(model: ExitLayer, x: object, samples: int, batch: int) -> Sequence[Tensor]:
+@torch.no_grad()
+def exit_costs(model: ExitLayer, x: object) -> list[float]:
+    """FLOPs that each stage of a network adds for one sample, with its exit: for `model.set_costs`.
+
+    Args:
+        model: as for `exits`. It is run on the first sample, once for each exit, in evaluation.
+        x: samples, as for `exits`.
+    """
+    if not isinstance(model, ExitLayer):
+        raise TypeError(f"model: expected an EarlyExit, a Cascade or another ExitLayer, got {type(model).__name__}")
+    one = pytree.tree_map_only(Tensor, lambda t: t[:1], x)
+    kept, reached = model.criterion, [0.0]
+    with _in_evaluation(model), execution("sparse"):
+        try:
+            for k in range(model.num_exits):
+                ends = [math.inf] * k + [-math.inf] * (model.num_exits - 1 - k)
+                model.criterion = criteria.MaxProbability(ends)
+                reached.append(float(flops(lambda: _call(model, one))))
+        finally:
+            model.criterion = kept
+    return [b - a for a, b in itertools.pairwise(reached)]
+
+
+@contextmanager
+def _in_evaluation(model: torch.nn.Module) -> Generator[None, None, None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        parts: list[list[Tensor]] = []
-        for start in range(0, samples, batch):
-            part = pytree.tree_map_only(Tensor, lambda t, s=start: t[s : s + batch], x)
-            if isinstance(part, tuple):
-                parts.append(model.every_exit(*part))
-            elif isinstance(part, dict):
-                parts.append(model.every_exit(**part))
-            else:
-                parts.append(model.every_exit(part))
+        yield
     finally:
         for module in training:
             module.training = True
+
+
+def _call(function: Callable[..., Any], x: Any) -> Any:
+    if isinstance(x, tuple):
+        return function(*x)
+    return function(**x) if isinstance(x, dict) else function(x)
+
+
+def _every_exit(model: ExitLayer, x: object, samples: int, batch: int) -> Sequence[Tensor]:
+    parts: list[list[Tensor]] = []
+    with _in_evaluation(model):
+        for start in range(0, samples, batch):
+            part = pytree.tree_map_only(Tensor, lambda t, s=start: t[s : s + batch], x)
+            parts.append(_call(model.every_exit, part))
     return [torch.cat(z) for z in zip(*parts, strict=True)]
 
 

@@ -83,7 +83,17 @@ def test_models_of_several_arguments():
     assert found.exits[1].everything.accuracy == pytest.approx(float(((a + b).argmax(1) == y).double().mean()))
 
 
+def test_costs_of_exits_are_the_flops_that_each_stage_adds():
+    heads = [nn.Linear(8, 4), nn.Linear(6, 4)]
+    layer = dc.nn.EarlyExit([nn.Linear(5, 8), nn.Linear(8, 6)], heads, exits.Margin(0.3)).train()
+    kept = layer.criterion
+    assert dc.measure.exit_costs(layer, torch.randn(9, 5)) == [2 * (5 * 8 + 8 * 4), 2 * (8 * 6 + 6 * 4)]
+    assert layer.criterion is kept
+    assert layer.training
+
+
 BAD_CALLS = [
+    (lambda: dc.measure.exit_costs(nn.Identity(), X), TypeError, "model: expected an EarlyExit, a Cascade or another ExitLayer"),
     (lambda: dc.measure.exits(nn.Identity(), X, Y), TypeError, "model: expected an EarlyExit, a Cascade or another ExitLayer"),
     (lambda: dc.measure.exits(model(), X, X), ValueError, "y: expected classes [N] of at least one sample, got shape [5, 3]"),
     (lambda: dc.measure.exits(model(), X[:0], Y[:0]), ValueError, "y: expected classes [N] of at least one sample, got shape [0]"),
