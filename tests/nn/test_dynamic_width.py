@@ -67,6 +67,23 @@ def test_a_scale_counts_where_all_blocks_are_taken_too(build):
     torch.testing.assert_close(layer(x), by_hand(layer, x, scale > -1, scale))
 
 
+@pytest.mark.parametrize(
+    "build", [width, acm, lambda gate: dc.nn.ACMLinear(D, D, 4, gate)], ids=["width", "acm", "linear"]
+)
+@pytest.mark.parametrize("scaled", [True, False])
+def test_where_most_blocks_are_taken_the_dense_layer_is_masked(build, scaled, monkeypatch):
+    monkeypatch.setattr("dyncore.nn.dynamic_width._MANY", 0)
+    mask, x = torch.rand(20, 4) < 0.8, torch.randn(20, D).double()
+    mask[3], mask[4] = False, True
+    layer = build(Fixed(mask, torch.rand(20, 4).double() if scaled else None)).double()
+    x[3] = float("nan")
+    auto, sparse = run(layer, x, "auto"), run(layer, x, "sparse")
+    assert flops(lambda: layer(x), "auto") == flops(lambda: layer(x), "masked") > flops(lambda: layer(x))
+    torch.testing.assert_close(auto.out, sparse.out)
+    for name, grad in sparse.grads.items():
+        torch.testing.assert_close(auto.grads[name], grad, msg=name)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_no_block_gives_exactly_the_bias_or_zero(mode):
     x, none = torch.randn(2, 5, D), torch.zeros(2, 5, 4, dtype=torch.bool)
