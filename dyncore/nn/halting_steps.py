@@ -37,6 +37,11 @@ def over(t: Tensor, x: Tensor) -> Tensor:
     return t.view(*t.shape, *(1,) * (x.dim() - t.dim()))
 
 
+def _added(result: Tensor, weight: Tensor, y: Tensor) -> Tensor:
+    """result + weight * y; in place where no gradient needs what was there, which spares a pass over memory."""
+    return torch.addcmul(result, weight, y) if torch.is_grad_enabled() else result.addcmul_(weight, y)
+
+
 def by_compaction(x: Tensor, bound: Tensor, num_steps: int, step: Step, rule: Rule, mean: bool) -> Outcome:
     """Rows x [T, ...] of which the live ones are gathered anew whenever some have halted; counts are known on the host.
 
@@ -52,7 +57,7 @@ def by_compaction(x: Tensor, bound: Tensor, num_steps: int, step: Step, rule: Ru
         share, halted, passed = rule(n, y, total, bound)
         if mean:
             weight, wide = over(share, y), y.to(share.dtype)
-            result = weight * wide if result is None else torch.addcmul(result, weight, wide)
+            result = weight * wide if result is None else _added(result, weight, wide)
         else:
             result = y
         leaving = int(halted.sum())
@@ -84,11 +89,14 @@ def in_place(x: Tensor, bound: Tensor, num_steps: int, step: Step, rule: Rule, m
     for n in range(num_steps):
         if counted and n and not bool(live.any()):
             break
-        y = torch.where(over(live, x), step(n, x, live), x)
-        seen = torch.where(over(live, y), y, 0)  # what a row that is not live holds must not reach a gradient
+        y = step(n, x, live)
+        seen = y
+        if not (counted and bool(live.all())):
+            y = torch.where(over(live, x), y, x)
+            seen = torch.where(over(live, y), y, 0)  # what a row that is not live holds must not reach a gradient
         share, halted, passed = rule(n, seen, total, bound)
         if mean:
-            result = torch.addcmul(result, over(torch.where(live, share, 0), y), seen.to(result.dtype))
+            result = _added(result, over(torch.where(live, share, 0), y), seen.to(result.dtype))
         steps, computed = steps + live, n + 1
         remainder = torch.where(live & halted, 1 - total, remainder)
         x, total, live = y, torch.where(live, passed, total), live & ~halted
