@@ -118,7 +118,7 @@ class ACM(BlockMLP):
         expect_size("num_learners", num_learners)
         expect_size("hidden", hidden)
         super().__init__(dim, num_learners * hidden, num_learners, activation=activation, bias=bias)
-        self.gate = CountGate(dim, num_learners) if gate is None else gate
+        self.gate: Gating = CountGate(dim, num_learners) if gate is None else gate
         expect_callable("gate", self.gate)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ class ACMLinear(DynamicLayer):
         for parameter in (self.weight, self.bias):  # as nn.Linear draws its own
             if parameter is not None:
                 nn.init.uniform_(parameter, -1 / math.sqrt(in_features), 1 / math.sqrt(in_features))
-        self.gate = CountGate(in_features, num_learners) if gate is None else gate
+        self.gate: Gating = CountGate(in_features, num_learners) if gate is None else gate
         expect_callable("gate", self.gate)
 
     def forward(self, x: Tensor) -> Tensor:

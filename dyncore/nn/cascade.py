@@ -39,7 +39,7 @@ class Cascade(ExitLayer):
         super().__init__(exits.Margin() if criterion is None else criterion, costs, len(models))
         for i, model in enumerate(models):
             expect_callable(f"models[{i}]", model)
-        self.models = nn.ModuleList(models)
+        self.models: nn.ModuleList = nn.ModuleList(models)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | list[Tensor]:
         """Logits [B, C]; in training the list of all models' logits."""

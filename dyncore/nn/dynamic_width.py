@@ -272,7 +272,7 @@ class DynamicWidthMLP(BlockMLP):
         bias: bool = True,
     ) -> None:
         super().__init__(dim, hidden_dim, num_blocks, activation=activation, bias=bias)
-        self.gate = BlockGate(dim, num_blocks) if gate is None else gate
+        self.gate: Gating = BlockGate(dim, num_blocks) if gate is None else gate
         expect_callable("gate", self.gate)
 
     def forward(self, x: Tensor) -> Tensor:

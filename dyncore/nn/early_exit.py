@@ -218,8 +218,8 @@ class EarlyExit(ExitLayer):
         for name, modules in (("stages", stages), ("heads", heads)):
             for i, module in enumerate(modules):
                 expect_callable(f"{name}[{i}]", module)
-        self.stages = nn.ModuleList(stages)
-        self.heads = nn.ModuleList(heads)
+        self.stages: nn.ModuleList = nn.ModuleList(stages)
+        self.heads: nn.ModuleList = nn.ModuleList(heads)
         self._chained = tuple(takes(head, "previous") for head in heads)
 
     def forward(self, x: Any) -> Tensor | list[Tensor]:

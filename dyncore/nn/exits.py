@@ -200,7 +200,7 @@ class ZeroTimeWaste(nn.Module):
         expect_size("num_classes", num_classes)
         self.features = features
         self.num_classes = num_classes
-        self.own = nn.Linear(in_features + num_classes, num_classes)
+        self.own: nn.Linear = nn.Linear(in_features + num_classes, num_classes)
         self.weight: nn.Parameter = nn.Parameter(torch.ones(2))  # of this exit's own, and of what comes from before
         self.bias: nn.Parameter = nn.Parameter(torch.zeros(num_classes))
 

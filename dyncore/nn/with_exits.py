@@ -34,7 +34,7 @@ class PooledHead(nn.Module):
         self.tokens: bool = len(shape) == 3
         width = shape[-1] if self.tokens else shape[1]
         self.norm: nn.Module = nn.LayerNorm(width) if self.tokens else nn.Identity()
-        self.linear = nn.Linear(width, num_classes)
+        self.linear: nn.Linear = nn.Linear(width, num_classes)
 
     def forward(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits of what a block returns."""
@@ -87,7 +87,7 @@ class WithExits(ExitLayer):
         super().__init__(criterion, costs, len(at) + 1)
         self.model = model
         self.at: tuple[str, ...] = tuple(at)
-        self.heads = nn.ModuleList(heads)
+        self.heads: nn.ModuleList = nn.ModuleList(heads)
         self.report: Any = None
         self._takes = tuple(tuple(n for n in ("previous", "attention_mask") if takes(head, n)) for head in heads)
         self._per_sample = dict(per_sample or {})
