@@ -2,7 +2,8 @@
 // By panels of 32 output columns for each piece of a group's slots. Results go straight to their slots, or to their
 // rows where none has several slots, and else to a buffer of slots that is combined into rows at the end.
 #include "cpu/common/activations.h"
-#include "cpu/common/row_copies.h"
+#include "cpu/common/pieces.h"
+#include "cpu/common/stored_rows.h"
 
 namespace dyncore::DYNCORE_ISA {
 
@@ -17,7 +18,6 @@ struct Forward {
   const GroupedLinear& op;
   int threads;
   Pieces pieces = {};
-  RowCopies<T> x = {};
   Workspace<float> slots = {};  // [A, N], where rows have several slots
   TeamScratch scratch = {};
   Items items = {};
@@ -48,12 +48,14 @@ void finish(const Forward<T>& f, const Cut::Item& item, const float* y) {
 }
 
 template <class T>
-void out_panel(const Forward<T>& f, const Pieces::Span& block, const Cut::Item& item, int thread) {
+void out_panel(const Forward<T>& f, const Cut::Item& item, int thread) {
   const GroupedLinear& op = f.op;
-  const Left<T> x = f.x.of(item.piece, block);
+  const Left<T> all{static_cast<const T*>(op.x.data), op.x.stride, op.gather ? op.plan.rows : nullptr};
+  const Left<T> x = all.from(item.piece.first);
   const Right<T> w = weight_of_group<T>(op.weight, item.piece.group, false).from_column(item.n0);
   float* y = f.scratch.results(thread);
-  product(y, x, item.piece.rows, op.k, w, item.n, f.scratch.buffers(thread), item.place);
+  weight_product(y, x, item.piece.rows, op.k, w, item.n, f.scratch.buffers(thread),
+                 {item.piece.group_rows, next_columns<T>(op.weight, item, false)});
   with_activation(op.activation, [&](auto a) { finish<decltype(a)::value>(f, item, y); });
 }
 
@@ -67,12 +69,11 @@ void body(void* context, const Team& team) {
   for (int64_t b = 0; b < f.pieces.blocks(); ++b) {
     const Pieces::Span block = f.pieces.block(b);
     const Cut cut(block, op.n, f.threads);
-    if (f.x || b > 0) {
-      f.x.make(block, team);
+    if (b > 0) {
       f.items.share(cut.items(), team);
       team.barrier();
     }
-    while (const Items::Item taken = f.items.take(team)) out_panel(f, block, cut.item(taken), team.index);
+    while (const Items::Item taken = f.items.take(team)) out_panel(f, cut.item(taken), team.index);
     if (b + 1 < f.pieces.blocks()) team.barrier();
   }
   if (!f.slots) return;
@@ -90,13 +91,11 @@ void run(const GroupedLinear& op) {
   const int64_t fits = threads * kBlockBytes / (op.k * static_cast<int64_t>(sizeof(T)) + 1);
   const int64_t limit = fits > kBlockRows ? fits : kBlockRows, slots = live < limit ? live : limit;
   f.pieces = Pieces::plan(op.plan, limit);
-  f.x = RowCopies<T>::plan(op.plan, {static_cast<const T*>(op.x.data), op.x.stride, op.gather ? op.plan.rows : nullptr},
-                           op.k, op.n, slots);
   if (op.scatter && several_slots_in_a_row(op.plan)) f.slots = {live, workspace_stride(op.n)};
   f.scratch = TeamScratch::plan<T>(threads, op.k, slots);
   f.items = Items::plan(threads);
-  Scratch block(block_bytes(f.pieces, f.x, f.slots, f.scratch, f.items));
-  place_in(block, f.pieces, f.x, f.slots, f.scratch, f.items);
+  Scratch block(block_bytes(f.pieces, f.slots, f.scratch, f.items));
+  place_in(block, f.pieces, f.slots, f.scratch, f.items);
   prefer_huge_pages(op.out, out_rows * op.n * sizeof(T));
   prefer_huge_pages(op.pre, op.plan.capacity * op.n * sizeof(T));
   zero_slots_from(static_cast<T*>(op.pre), live, op.plan.capacity, op.n);

@@ -6,7 +6,6 @@
 // (group, rows), and dx combined into rows.
 #include "cpu/common/activations.h"
 #include "cpu/common/backward.h"
-#include "cpu/common/row_copies.h"
 
 namespace dyncore::DYNCORE_ISA {
 
@@ -19,7 +18,6 @@ struct Backward {
   bool linear = op.activation == Activation::none;
   const float* scale = op.scatter ? op.plan.scale : nullptr;  // null where the forward pass did not scale
   Pieces pieces = {};                                         // the groups that have slots
-  RowCopies<T> grad_copies = {};                              // where dx is made from dout
   Workspace<T> dy = {};                                       // [A, N], for dx, dW and dbias
   Workspace<float> dslots = {};                               // [A, K], dx by slot where rows have several
   Workspace<float> partials = {};                             // [panels, A], for dscale
@@ -83,11 +81,11 @@ template <class T>
 void dx_panel(const Backward<T>& b, const Cut::Item& item, int thread) {
   const GroupedLinearBackward& op = b.op;
   const int64_t first = item.piece.first, rows = item.piece.rows;
-  const Left<T> dy =
-      b.linear ? b.grad_copies.of(item.piece, b.pieces.all()) : Left<T>{b.dy.row(first), b.dy.stride, nullptr};
+  const Left<T> dy = b.linear ? b.grad(first) : Left<T>{b.dy.row(first), b.dy.stride, nullptr};
   const Right<T> w = weight_of_group<T>(op.weight, item.piece.group, true).from_column(item.n0);
   float* dx = b.scratch.results(thread);
-  weight_product(dx, dy, rows, op.n, w, item.n, b.scratch.buffers(thread), item.place);
+  weight_product(dx, dy, rows, op.n, w, item.n, b.scratch.buffers(thread),
+                 {item.piece.group_rows, next_columns<T>(op.weight, item, true)});
   if (b.linear && b.partials) store_partials(b, item, dx);
   if (!op.dx) return;
   const float* scale = b.linear ? b.scale : nullptr;
@@ -136,7 +134,6 @@ void body(void* context, const Team& team) {
   if (b.dy || (b.partials && !b.linear))
     while (const Items::Item taken = b.dy_items.take(team))
       with_activation(op.activation, [&](auto a) { make_dy<decltype(a)::value>(b, outputs.item(taken)); });
-  if (b.grad_copies) b.grad_copies.make(b.pieces.all(), team);
   team.barrier();
   if (dx && op.gather) fill_empty_rows(op.plan, Matrix{nullptr, 0}, dx, op.k, op.k, team);
   if (dx || (b.partials && b.linear))
@@ -159,17 +156,15 @@ void run(const GroupedLinearBackward& op) {
                                      sizeof(T) * (double(op.plan.groups) * products + double(live) * (op.n + op.k)));
   Backward<T> b{op, threads};
   b.pieces = Pieces::plan(op.plan, largest(live, 1));
-  b.grad_copies = RowCopies<T>::plan(op.plan, b.grad(0), op.n, b.linear && (op.dx || op.dscale) ? op.k : 0, live);
   if ((op.dx || op.dweight || op.dbias) && !b.linear) b.dy = {live, workspace_stride(op.n)};
   if (op.dx && op.gather && several_slots_in_a_row(op.plan)) b.dslots = {live, workspace_stride(op.k)};
   if (op.dscale) b.partials = {panels_of(b.linear ? op.k : op.n), live};
   b.scratch = TeamScratch::plan<T>(threads, op.n, largest_group(op.plan));
   if (op.dweight) b.gradient = GradientScratch::plan<T>(threads, largest_group(op.plan), op.k);
   b.dy_items = b.dx_items = b.dw_items = Items::plan(threads);
-  Scratch block(block_bytes(b.pieces, b.grad_copies, b.dy, b.dslots, b.partials, b.scratch, b.gradient, b.dy_items,
-                            b.dx_items, b.dw_items));
-  place_in(block, b.pieces, b.grad_copies, b.dy, b.dslots, b.partials, b.scratch, b.gradient, b.dy_items, b.dx_items,
-           b.dw_items);
+  Scratch block(
+      block_bytes(b.pieces, b.dy, b.dslots, b.partials, b.scratch, b.gradient, b.dy_items, b.dx_items, b.dw_items));
+  place_in(block, b.pieces, b.dy, b.dslots, b.partials, b.scratch, b.gradient, b.dy_items, b.dx_items, b.dw_items);
   b.dy_items.share(Cut(b.pieces.all(), op.n, threads).items());
   b.dx_items.share(Cut(b.pieces.all(), op.k, threads).items());
   b.dw_items.share(GradientBlocks(op.plan.groups, op.n, threads).count());

@@ -3,7 +3,8 @@
 // hidden columns, gathering rows of x as it reads them; stage 2 makes panels of 32 output columns, which go straight to
 // their rows where no row has several slots, and else to a buffer of slots that is combined into rows at the end.
 #include "cpu/common/activations.h"
-#include "cpu/common/row_copies.h"
+#include "cpu/common/pieces.h"
+#include "cpu/common/stored_rows.h"
 
 namespace dyncore::DYNCORE_ISA {
 
@@ -20,7 +21,6 @@ struct Forward {
   int threads;
   bool gated = is_gated(op.activation);
   Pieces pieces = {};
-  RowCopies<T> x = {};
   Workspace<T> hidden = {};     // [slots of a block, I]
   Workspace<float> slots = {};  // [A, H], where rows have several slots
   TeamScratch scratch = {};
@@ -54,13 +54,15 @@ template <class T>
 void hidden_panel(const Forward<T>& f, const Pieces::Span& block, const Cut::Item& item, int thread) {
   const GroupedMlp& op = f.op;
   const Piece& piece = item.piece;
-  const Left<T> x = f.x.of(piece, block);
+  const Left<T> x{static_cast<const T*>(op.x.data), op.x.stride, op.plan.rows + piece.first};
   const Right<T> w = weight_of_group<T>(op.w_in, piece.group, false).from_column(item.n0);
   const PanelBuffers buffers = f.scratch.buffers(thread);
   float* gate = f.scratch.results(thread);
   float* up = f.gated ? gate + piece.rows * NC : nullptr;
-  product(gate, x, piece.rows, op.h, w, item.n, buffers, item.place);
-  if (up) product(up, x, piece.rows, op.h, w.from_column(op.i), item.n, buffers, item.place);
+  const Right<T> second = w.from_column(op.i);
+  const T* next = next_columns<T>(op.w_in, item, false);
+  weight_product(gate, x, piece.rows, op.h, w, item.n, buffers, {piece.group_rows, up ? second.data : next});
+  if (up) weight_product(up, x, piece.rows, op.h, second, item.n, buffers, {piece.group_rows, next});
   T* hidden = f.hidden.row(piece.first - block.first_slot()) + item.n0;
   with_activation(op.activation, [&](auto a) { finish_hidden<decltype(a)::value>(f, item, hidden, gate, up); });
 }
@@ -87,7 +89,8 @@ void out_panel(const Forward<T>& f, const Pieces::Span& block, const Cut::Item& 
   const Left<T> u{f.hidden.row(piece.first - block.first_slot()), f.hidden.stride, nullptr};
   const Right<T> w = weight_of_group<T>(op.w_out, piece.group, false).from_column(item.n0);
   float* y = f.scratch.results(thread);
-  product(y, u, piece.rows, op.i, w, item.n, f.scratch.buffers(thread), item.place);
+  weight_product(y, u, piece.rows, op.i, w, item.n, f.scratch.buffers(thread),
+                 {piece.group_rows, next_columns<T>(op.w_out, item, false)});
   if (!f.slots) return store_in_rows<T>(op, item, y);
   const Row bias = bias_row<T>(op.b_out, piece.group, item.n0, item.n);
   float* slots = f.slots.row(piece.first) + item.n0;
@@ -101,10 +104,6 @@ void body(void* context, const Team& team) {
   const Pieces& pieces = f.pieces;
   T* out = static_cast<T*>(op.out);
   fill_empty_rows(op.plan, op.residual, out, op.h, op.h, team);
-  if (f.x && pieces.blocks() > 0) {
-    f.x.make(pieces.block(0), team);
-    team.barrier();
-  }
   for (int64_t b = 0; b < pieces.blocks(); ++b) {
     const Pieces::Span block = pieces.block(b);
     const Cut hidden(block, op.i, f.threads), results(block, op.h, f.threads);
@@ -113,10 +112,7 @@ void body(void* context, const Team& team) {
     team.barrier();
     while (const Items::Item taken = f.out_items.take(team)) out_panel(f, block, results.item(taken), team.index);
     const bool last = b + 1 == pieces.blocks();
-    if (!last) {
-      f.x.make(pieces.block(b + 1), team);
-      f.hidden_items.share(Cut(pieces.block(b + 1), op.i, f.threads).items(), team);
-    }
+    if (!last) f.hidden_items.share(Cut(pieces.block(b + 1), op.i, f.threads).items(), team);
     if (!last || f.slots) team.barrier();
   }
   if (f.slots) combine_slots(op.plan, f.slots.data, f.slots.stride, op.plan.scale, op.residual, out, op.h, op.h, team);
@@ -133,14 +129,12 @@ void run(const GroupedMlp& op) {
   const int64_t fits = threads * kBlockBytes / (op.i * static_cast<int64_t>(sizeof(T)) + 1);
   const int64_t limit = fits > kBlockRows ? fits : kBlockRows, slots = live < limit ? live : limit;
   f.pieces = Pieces::plan(op.plan, limit);
-  f.x = RowCopies<T>::plan(op.plan, {static_cast<const T*>(op.x.data), op.x.stride, op.plan.rows}, op.h,
-                           gated ? 2 * op.i : op.i, slots);
   f.hidden = {slots, workspace_stride(op.i)};
   if (several_slots_in_a_row(op.plan)) f.slots = {live, workspace_stride(op.h)};
   f.scratch = TeamScratch::plan<T>(threads, op.h > op.i ? op.h : op.i, f.gated ? 2 * slots : slots);
   f.hidden_items = f.out_items = Items::plan(threads);
-  Scratch block(block_bytes(f.pieces, f.x, f.hidden, f.slots, f.scratch, f.hidden_items, f.out_items));
-  place_in(block, f.pieces, f.x, f.hidden, f.slots, f.scratch, f.hidden_items, f.out_items);
+  Scratch block(block_bytes(f.pieces, f.hidden, f.slots, f.scratch, f.hidden_items, f.out_items));
+  place_in(block, f.pieces, f.hidden, f.slots, f.scratch, f.hidden_items, f.out_items);
   prefer_huge_pages(op.out, op.plan.num_rows * op.h * sizeof(T));
   prefer_huge_pages(op.pre, op.plan.capacity * (f.gated ? 2 * op.i : op.i) * sizeof(T));
   zero_slots_from(static_cast<T*>(op.pre), live, op.plan.capacity, f.gated ? 2 * op.i : op.i);

@@ -6,7 +6,6 @@
 // elsewhere, and the weight gradients.
 #include "cpu/common/activations.h"
 #include "cpu/common/backward.h"
-#include "cpu/common/row_copies.h"
 
 namespace dyncore::DYNCORE_ISA {
 
@@ -20,7 +19,6 @@ struct Backward {
   int64_t width = gated ? 2 * op.i : op.i;         // of pre
   bool need_dpre = op.dx || op.dw_in || op.db_in;  // any gradient that is made from that of pre
   Pieces pieces = {};                              // the groups that have slots
-  RowCopies<T> grad_copies = {};                   // for dv
   Workspace<T> dpre = {};                          // [A, width], for dx, dW_in and db_in
   Workspace<T> hidden = {};                        // [A, I], for dW_out
   Workspace<float> dslots = {};                    // [A, H], dx by slot where rows have several
@@ -91,8 +89,8 @@ void hidden_panel(const Backward<T>& b, const Cut::Item& item, int thread) {
   }
   float* dv = b.scratch.results(thread);
   const Right<T> w = weight_of_group<T>(op.w_out, item.piece.group, true).from_column(item.n0);
-  const Left<T> grad = b.grad_copies.of(item.piece, b.pieces.all());
-  weight_product(dv, grad, item.piece.rows, op.h, w, item.n, b.scratch.buffers(thread), item.place);
+  weight_product(dv, b.grad(item.piece.first), item.piece.rows, op.h, w, item.n, b.scratch.buffers(thread),
+                 {item.piece.group_rows, next_columns<T>(op.w_out, item, true)});
   with_activation(op.activation, [&](auto a) { finish_hidden<decltype(a)::value>(b, item, dv); });
 }
 
@@ -103,7 +101,8 @@ void dx_panel(const Backward<T>& b, const Cut::Item& item, int thread) {
   const Left<T> dpre{b.dpre.row(piece.first), b.dpre.stride, nullptr};
   const Right<T> w = weight_of_group<T>(op.w_in, piece.group, true).from_column(item.n0);
   float* dx = b.scratch.results(thread);
-  weight_product(dx, dpre, piece.rows, b.width, w, item.n, b.scratch.buffers(thread), item.place);
+  weight_product(dx, dpre, piece.rows, b.width, w, item.n, b.scratch.buffers(thread),
+                 {piece.group_rows, next_columns<T>(op.w_in, item, true)});
   for (int64_t r = 0; r < piece.rows; ++r) {
     const Row row = load_row(dx + r * NC, NC);
     if (b.dslots) {
@@ -169,10 +168,6 @@ void body(void* context, const Team& team) {
   const GroupedMlpBackward& op = b.op;
   T* dx = static_cast<T*>(op.dx);
   const Cut hidden(b.pieces.all(), op.i, b.threads), results(b.pieces.all(), op.h, b.threads);
-  if (b.grad_copies) {
-    b.grad_copies.make(b.pieces.all(), team);
-    team.barrier();
-  }
   if (b.need_dpre || b.hidden || b.partials)
     while (const Items::Item taken = b.hidden_items.take(team)) hidden_panel(b, hidden.item(taken), team.index);
   if (dx) fill_empty_rows(op.plan, Matrix{nullptr, 0}, dx, op.h, op.h, team);
@@ -198,7 +193,6 @@ void run(const GroupedMlpBackward& op) {
                                      sizeof(T) * (double(op.plan.groups) * products + double(op.plan.num_rows) * op.h));
   Backward<T> b{op, threads};
   b.pieces = Pieces::plan(op.plan, largest(live, 1));
-  b.grad_copies = RowCopies<T>::plan(op.plan, b.grad(0), op.h, b.need_dpre || op.dscale ? op.i : 0, live);
   if (b.need_dpre) b.dpre = {live, workspace_stride(width)};
   if (op.dw_out) b.hidden = {live, workspace_stride(op.i)};
   if (op.dx && several_slots_in_a_row(op.plan)) b.dslots = {live, workspace_stride(op.h)};
@@ -208,10 +202,10 @@ void run(const GroupedMlpBackward& op) {
   if (op.dw_in || op.dw_out) b.gradient = GradientScratch::plan<T>(threads, group, largest(op.h, op.i));
   b.hidden_items = b.dx_items = b.dw_in_items = b.dw_out_items = Items::plan(threads);
 
-  Scratch block(block_bytes(b.pieces, b.grad_copies, b.dpre, b.hidden, b.dslots, b.partials, b.scratch, b.gradient,
-                            b.hidden_items, b.dx_items, b.dw_in_items, b.dw_out_items));
-  place_in(block, b.pieces, b.grad_copies, b.dpre, b.hidden, b.dslots, b.partials, b.scratch, b.gradient,
-           b.hidden_items, b.dx_items, b.dw_in_items, b.dw_out_items);
+  Scratch block(block_bytes(b.pieces, b.dpre, b.hidden, b.dslots, b.partials, b.scratch, b.gradient, b.hidden_items,
+                            b.dx_items, b.dw_in_items, b.dw_out_items));
+  place_in(block, b.pieces, b.dpre, b.hidden, b.dslots, b.partials, b.scratch, b.gradient, b.hidden_items, b.dx_items,
+           b.dw_in_items, b.dw_out_items);
   b.hidden_items.share(Cut(b.pieces.all(), op.i, threads).items());
   b.dx_items.share(Cut(b.pieces.all(), op.h, threads).items());
   b.dw_in_items.share(GradientBlocks(op.plan.groups, width, threads).count());

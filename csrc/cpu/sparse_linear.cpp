@@ -51,13 +51,12 @@ void body(void* context, const Team& team) {
 template <class T>
 void run(const SparseLinear& op) {
   const bool few = op.rows <= kFewRows && op.weight.stride_n == 1;
-  const bool crowd = op.h.stride * static_cast<int64_t>(sizeof(T)) % 4096 == 0;
   Forward<T> f{op,
                {static_cast<const T*>(op.h.data), op.h.stride, nullptr},
                SkippingProduct<T>::block_rows(op.rows, op.k),
                false};
-  f.product = SkippingProduct<T>::plan(f.block_rows, few, false, crowd, op.k, weight_of_group<T>(op.weight, 0, false),
-                                       op.bias, op.n, static_cast<T*>(op.out), op.dense_from, op.threads);
+  f.product = SkippingProduct<T>::plan(f.block_rows, few, false, op.k, weight_of_group<T>(op.weight, 0, false), op.bias,
+                                       op.n, static_cast<T*>(op.out), op.dense_from, op.threads);
   Scratch block(rounded_bytes(f.product.bytes()));
   f.product.place(block.take(f.product.bytes()));
   int threads = op.threads;

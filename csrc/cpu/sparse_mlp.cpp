@@ -3,7 +3,6 @@
 // in cache, and saved for the backward pass; then W_out's rows are added up by the lists. Of a gated activation the
 // gates are made so, and the other half where they are open alone.
 #include "cpu/common/activations.h"
-#include "cpu/common/row_copies.h"
 #include "cpu/common/skipping_product.h"
 
 namespace dyncore::DYNCORE_ISA {
@@ -23,7 +22,6 @@ struct Forward {
   int32_t bounds[2] = {0, static_cast<int32_t>(op.rows)};
   Plan plan = {nullptr, bounds, nullptr, nullptr, nullptr, op.rows, 1, op.rows};  // all rows are one group
   int64_t block_rows = SkippingProduct<T>::block_rows(op.rows, op.i);
-  RowCopies<T> x = {};
   Workspace<T> hidden = {};    // [rows of a block, I]: act, or the gates and then their products with the other half
   Workspace<T> up = {};        // the same of the other half, in dense rows
   Workspace<float> dots = {};  // the other half by the lists
@@ -55,8 +53,8 @@ void hidden_panel(Forward<T>& f, const Block& block, const Cut::Item& item, int 
   const SparseMlp& op = f.op;
   const Piece& piece = item.piece;
   float* y = f.scratch.results(thread);
-  product(y, f.x.of(piece, block.span()), piece.rows, op.h, weight_of_group<T>(op.w_in, 0, false).from_column(item.n0),
-          item.n, f.scratch.buffers(thread), item.place);
+  weight_product(y, f.x_rows(piece.first), piece.rows, op.h, weight_of_group<T>(op.w_in, 0, false).from_column(item.n0),
+                 item.n, f.scratch.buffers(thread), {item.piece.group_rows, next_columns<T>(op.w_in, item, false)});
   const Row bias = bias_row<T>(op.b_in, 0, item.n0, item.n);
   const uint32_t width = lanes_of_width(item.n);
   const int64_t pre_stride = f.gated ? 2 * op.i : op.i;
@@ -117,8 +115,8 @@ void up_part(Forward<T>& f, const Block& block, int64_t item, int thread) {
     const int64_t n0 = item * NC;
     const int n = panel_width(op.i, n0);
     float* y = f.scratch.results(thread);
-    product(y, Left<T>{x.data, x.stride, p.dense_rows()}, p.dense(), op.h, w.from_column(n0), n,
-            f.scratch.buffers(thread), {p.dense(), false});
+    weight_product(y, Left<T>{x.data, x.stride, p.dense_rows()}, p.dense(), op.h, w.from_column(n0), n,
+                   f.scratch.buffers(thread), {p.dense()});
     const Row bias = bias_row<T>(op.b_in, 0, op.i + n0, n);
     for (int64_t i = 0; i < p.dense(); ++i)
       store_row(f.up.row(p.dense_rows()[i]) + n0, load_row(y + i * NC, NC) + bias, n);
@@ -191,10 +189,6 @@ void body(void* context, const Team& team) {
   for (int64_t first = 0; first < op.rows; first += f.block_rows) {
     const int64_t rows = op.rows - first < f.block_rows ? op.rows - first : f.block_rows;
     const Block block{{0, first, rows, op.rows}};
-    if (f.x) {
-      f.x.make(block.span(), team);
-      team.barrier();
-    }
     const Cut cut(block.span(), op.i, f.threads);
     while (const Items::Item taken = f.hidden_items.take(team)) hidden_panel(f, block, cut.item(taken), team.index);
     team.barrier();
@@ -230,19 +224,17 @@ void run(const SparseMlp& op) {
   const double products = 2.0 * op.h * op.i;
   const int threads = useful_threads(op.threads, 2.0 * op.rows * products, sizeof(T) * products);
   Forward<T> f{op, threads};
-  f.x = RowCopies<T>::plan(f.plan, f.x_rows(0), op.h, op.i, f.block_rows);
   f.hidden = {f.block_rows, workspace_stride(op.i)};
   if (f.gated) f.up = f.hidden;
   if (f.gated) f.dots = {1, f.block_rows * op.i};
   f.scratch = TeamScratch::plan<T>(threads, op.h, f.block_rows);
   f.hidden_items = f.up_items = Items::plan(threads);
-  f.product =
-      SkippingProduct<T>::plan(f.block_rows, f.few, f.packs, false, op.i, weight_of_group<T>(op.w_out, 0, false),
-                               op.b_out, op.h, static_cast<T*>(op.out), op.dense_from, threads);
+  f.product = SkippingProduct<T>::plan(f.block_rows, f.few, f.packs, op.i, weight_of_group<T>(op.w_out, 0, false),
+                                       op.b_out, op.h, static_cast<T*>(op.out), op.dense_from, threads);
   Scratch scratch(rounded_bytes(f.product.bytes()) +
-                  block_bytes(f.x, f.hidden, f.up, f.dots, f.scratch, f.hidden_items, f.up_items));
+                  block_bytes(f.hidden, f.up, f.dots, f.scratch, f.hidden_items, f.up_items));
   f.product.place(scratch.take(f.product.bytes()));
-  place_in(scratch, f.x, f.hidden, f.up, f.dots, f.scratch, f.hidden_items, f.up_items);
+  place_in(scratch, f.hidden, f.up, f.dots, f.scratch, f.hidden_items, f.up_items);
   prefer_huge_pages(op.out, op.rows * op.h * sizeof(T));
   if (op.saved.row_offsets) op.saved.row_offsets[0] = 0;
   const int64_t rows = op.rows < f.block_rows ? op.rows : f.block_rows;

@@ -82,10 +82,11 @@ class Cut {
   int64_t items() const { return span_.count * panels_of(columns_) * parts_; }
 
   struct Item {
-    Piece piece;  // of its rows, the item's
-    int64_t n0;   // first column
-    int n;        // columns
-    Place place;
+    Piece piece;                  // of its rows, the item's
+    int64_t n0;                   // first column
+    int n;                        // columns
+    bool continues;               // the same thread is expected to go on with
+    int64_t next_group, next_n0;  // this
   };
 
   Item item(Items::Item taken) const {
@@ -94,12 +95,20 @@ class Cut {
     const int64_t n0 = at % panels * NC, begin = piece.rows * part / parts_, end = piece.rows * (part + 1) / parts_;
     piece.first += begin;
     piece.rows = end - begin;
-    return {piece, n0, panel_width(columns_, n0), {piece.group_rows, taken.continues && parts_ == 1}};
+    const int64_t next = taken.continues && parts_ == 1 ? at + 1 : at;
+    return {piece, n0, panel_width(columns_, n0), next > at, span_.pieces[next / panels].group, next % panels * NC};
   }
 
  private:
   Pieces::Span span_;
   int64_t columns_, parts_ = 1;
 };
+
+// The columns of a weight that the item after this one needs, if the same thread goes on with it; else null.
+template <class T>
+inline const T* next_columns(const Weight& w, const Cut::Item& item, bool transposed) {
+  if (!item.continues) return nullptr;
+  return weight_of_group<T>(w, item.next_group, transposed).from_column(item.next_n0).data;
+}
 
 }  // namespace dyncore::DYNCORE_ISA

@@ -3,7 +3,7 @@
 // product is faster get one. Neither the choice nor the order of a sum depends on the number of threads.
 #pragma once
 #include "cpu/common/listed_product.h"
-#include "cpu/common/row_copies.h"
+#include "cpu/common/pieces.h"
 #include "cpu/common/stored_rows.h"
 #include "cpu/kernels.h"
 
@@ -25,9 +25,8 @@ class SkippingProduct {
  public:
   // At most `rows` rows at a time, of `columns` elements; `few`: of one block with few rows, for operands whose listed
   // rows are read where they lie. `packs`: panel() is needed for another operand.
-  // `crowd`: rows lie so that dense ones are to be copied by list(), after which they may not change (row_copies.h).
-  static SkippingProduct plan(int64_t rows, bool few, bool packs, bool crowd, int64_t columns, Right<T> weight,
-                              Matrix bias, int64_t width, T* out, float dense_from, int threads) {
+  static SkippingProduct plan(int64_t rows, bool few, bool packs, int64_t columns, Right<T> weight, Matrix bias,
+                              int64_t width, T* out, float dense_from, int threads) {
     SkippingProduct p;
     p.few_ = few;
     p.columns_ = columns;
@@ -48,8 +47,6 @@ class SkippingProduct {
     p.used_first_ = {1, few ? segments + 1 : 0};
     p.sparse_rows_ = {1, rows};
     p.dense_rows_ = {1, rows};
-    if (crowd && !kWidenRows<T> && MR > kL1Ways && !few && dense_from < 1)
-      p.copies_ = {rows, workspace_stride(columns)};
     if (!kIsFloat<T>) p.sums_ = {rows, workspace_stride(width)};
     const int64_t panel = packs || weight.stride_n != 1 ? kSegment * kListedColumns<T> * sizeof(T) : 0;
     p.panels_ = {threads, static_cast<int64_t>(rounded_bytes(panel))};
@@ -71,15 +68,15 @@ class SkippingProduct {
 
   size_t bytes() const {
     return block_bytes(words, counts, offsets_, segment_first_, index_, value_, used_, used_first_, sparse_rows_,
-                       dense_rows_, copies_, sums_, panels_, wide_, scratch_, sparse_items_, dense_items_);
+                       dense_rows_, sums_, panels_, wide_, scratch_, sparse_items_, dense_items_);
   }
   void place(void* at) {
     char* next = static_cast<char*>(at);
     const auto put = [&](auto&... parts) {
       ((parts.place(next), next += rounded_bytes(parts.bytes()), fence_end(next)), ...);
     };
-    put(words, counts, offsets_, segment_first_, index_, value_, used_, used_first_, sparse_rows_, dense_rows_, copies_,
-        sums_, panels_, wide_, scratch_, sparse_items_, dense_items_);
+    put(words, counts, offsets_, segment_first_, index_, value_, used_, used_first_, sparse_rows_, dense_rows_, sums_,
+        panels_, wide_, scratch_, sparse_items_, dense_items_);
   }
 
   // Set for a block before choose() by whoever knows: the bits of its rows, and how many each has.
@@ -111,8 +108,6 @@ class SkippingProduct {
 
   // Each thread lists its share of the rows; `from` has the block's.
   void list(const Left<T>& from, const Team& team) {
-    for (int64_t i = dense_ * team.index / team.size; copies_ && i < dense_ * (team.index + 1) / team.size; ++i)
-      std::memcpy(copies_.row(i), from.row(dense_rows_.data[i]), columns_ * sizeof(T));
     const int64_t end = sparse_ * (team.index + 1) / team.size;
     for (int64_t i = sparse_ * team.index / team.size; i < end; ++i) {
       const int64_t r = sparse_rows_.data[i];
@@ -204,13 +199,12 @@ class SkippingProduct {
 
   void dense_panel(const Left<T>& from, Items::Item taken, int thread) {
     float* y = scratch_.results(thread);
-    const Left<T> rows =
-        copies_ ? Left<T>{copies_.data, copies_.stride, nullptr} : Left<T>{from.data, from.stride, dense_rows_.data};
+    const Left<T> rows{from.data, from.stride, dense_rows_.data};
     if (wide_) return wide_panels(rows, taken.index * at_once() * NC, y, thread);
     const int64_t n0 = taken.index * NC;
     const int n = panel_width(width_, n0);
     weight_product(y, rows, dense_, columns_, weight_.from_column(n0), n, scratch_.buffers(thread),
-                   {dense_, taken.continues});
+                   {dense_, taken.continues ? weight_.from_column(n0 + NC).data : nullptr});
     for (int64_t i = 0; i < dense_; ++i) finish(dense_rows_.data[i], y + i * NC, n0, n0 + n);
   }
 
@@ -257,8 +251,7 @@ class SkippingProduct {
   Workspace<Value<T>> value_ = {};
   Workspace<int64_t> used_first_ = {};
   Workspace<int32_t> sparse_rows_ = {}, dense_rows_ = {};  // rows of the block by how they are computed
-  Workspace<T> copies_ = {};    // of dense rows, where they would crowd a set of the L1 cache (row_copies.h)
-  Workspace<float> sums_ = {};  // [rows, width], where out is not float
+  Workspace<float> sums_ = {};                             // [rows, width], where out is not float
   Workspace<char> panels_ = {};
   Workspace<float> wide_ = {};  // packed panels, where weights are stored neuron by neuron
   TeamScratch scratch_ = {};

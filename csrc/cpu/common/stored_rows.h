@@ -80,16 +80,16 @@ DYNCORE_INLINE void tile_in_place_dispatch(int count, const E* const* rows, cons
   tile_in_place<R>(rows, b, ldb, depth, c, accumulate, fetch);
 }
 
-// At most MR rows; the same sums in the same order as of packed panels.
+// At most TR rows; the same sums in the same order as of packed panels.
 template <class T>
 inline void multiply_in_place(float* c, Left<T> a, int m, int64_t depth, const T* b, int64_t ldb, float* widened,
                               bool fetch) {
   for (int64_t k0 = 0; k0 < depth; k0 += KC) {
     const int64_t block = depth - k0 < KC ? depth - k0 : KC;
-    float block_sums[MR * NC];
+    float block_sums[TR * NC];
     float* sums = k0 > 0 ? block_sums : c;
-    const T* at[MR];
-    const float* wide[MR];
+    const T* at[TR];
+    const float* wide[TR];
     for (int r = 0; r < m; ++r) {
       at[r] = a.row(r) + k0;
       if constexpr (kWidenRows<T>) wide[r] = widen_row(widened + r * (block + kWideGap), at[r], block);
@@ -99,9 +99,9 @@ inline void multiply_in_place(float* c, Left<T> a, int m, int64_t depth, const T
       const int64_t chain = block - k < kChainDepth ? block - k : kChainDepth;
       const T* bk = b + (k0 + k) * ldb;
       if constexpr (kPairs<T>) {
-        tile_in_place_dispatch<MR>(m, at, bk, ldb, chain, sums, k > 0, fetch);
+        tile_in_place_dispatch<TR>(m, at, bk, ldb, chain, sums, k > 0, fetch);
       } else {
-        tile_in_place_dispatch<MR>(m, wide, bk, ldb, chain, sums, k > 0, fetch);
+        tile_in_place_dispatch<TR>(m, wide, bk, ldb, chain, sums, k > 0, fetch);
       }
       for (int r = 0; r < m && k + chain < block; ++r) {
         at[r] += chain;
@@ -137,13 +137,15 @@ template <class T>
 inline void weight_product(float* c, Left<T> a, int64_t m, int64_t depth, Right<T> b, int n,
                            const PanelBuffers& buffers, const Place& place) {
   if (m == 0) return;  // a part of a piece with fewer rows than parts
-  if (b.stride_n != 1 || depth == 0) return product(c, a, m, depth, b, n, buffers, place);
-  if (m <= MR && n == NC)
-    return multiply_in_place(c, a, static_cast<int>(m), depth, b.data, b.stride_k, buffers.rows, place.continues);
+  if (b.stride_n != 1 || b.panels || depth == 0) return product(c, a, m, depth, b, n, buffers, place);
+  if (m <= TR && n == NC)
+    return multiply_in_place(c, a, static_cast<int>(m), depth, b.data, b.stride_k, buffers.rows, place.next != nullptr);
   for (int64_t k0 = 0; k0 < depth; k0 += KC) {
     const int64_t block = depth - k0 < KC ? depth - k0 : KC;
     pack(buffers.panel, b, k0, block, n);
-    const NextColumns<T> next{place.continues ? b.data + k0 * b.stride_k + NC : nullptr, b.stride_k, block};
+    const T* columns = static_cast<const T*>(place.next);
+    const NextColumns<T> next{columns ? columns + k0 * b.stride_k : nullptr, b.stride_k, block};
+    if (columns && columns != b.data + NC) walk_to_pages(next.data, block, b.stride_k);  // another group's
     multiply_panel(c, a, m, k0, block, buffers.panel, NC, buffers.rows, k0 > 0, next);
   }
 }

@@ -8,7 +8,7 @@
 namespace dyncore::DYNCORE_ISA {
 
 // Rows of dW that share a packed block of the right operand: packing it costs 1% of their products.
-constexpr int64_t kGradientRows = 16 * MR;
+constexpr int64_t kGradientRows = 16 * TR;
 // Slots whose products are summed before they are added to those of the slots before: the packed rows and columns of so
 // many stay in the L2 cache together.
 template <class T>
@@ -75,13 +75,13 @@ class GradientScratch {
   size_t left_size_ = 0, right_size_ = 0, sums_size_ = 0, threads_ = 0;
 };
 
-// to[tile][word][MR] = the words of columns n0:n0+n of slots a0:a0+slots; columns past n are 0.
+// to[tile][word][TR] = the words of columns n0:n0+n of slots a0:a0+slots; columns past n are 0.
 template <class T>
 inline void pack_left(float* to, const ScaledLeft<T>& left, int64_t a0, int64_t slots, int64_t n0, int64_t n) {
-  const int64_t words = slot_words<T>(slots), tiles = (n + MR - 1) / MR;
+  const int64_t words = slot_words<T>(slots), tiles = (n + TR - 1) / TR;
   float line[kGradientRows + NC];
   for (int64_t w = 0; w < words; ++w) {
-    for (int64_t j = 0; j < tiles * MR; j += NC) {
+    for (int64_t j = 0; j < tiles * TR; j += NC) {
       const int have = n - j < NC ? static_cast<int>(n > j ? n - j : 0) : NC;
       Row row;
       if constexpr (kPairs<T>) {
@@ -93,7 +93,7 @@ inline void pack_left(float* to, const ScaledLeft<T>& left, int64_t a0, int64_t 
       }
       store_row(line + j, row, NC);
     }
-    for (int64_t t = 0; t < tiles; ++t) std::memcpy(to + (t * words + w) * MR, line + t * MR, MR * sizeof(float));
+    for (int64_t t = 0; t < tiles; ++t) std::memcpy(to + (t * words + w) * TR, line + t * TR, TR * sizeof(float));
   }
 }
 
@@ -124,24 +124,24 @@ struct NextRight {
   }
 };
 
-// out[r][0:32] (+)= sum over words w of left[w][r] * right[w][0:32], for the first `rows` of MR rows.
+// out[r][0:32] (+)= sum over words w of left[w][r] * right[w][0:32], for the first `rows` of TR rows.
 template <class T, class Out>
 inline __attribute__((noinline)) void gradient_tile(const float* left, const float* right, int64_t words, Out* out,
                                                     int64_t stride, int rows, bool accumulate, NextRight<T>& next) {
   for (int j0 = 0; j0 < NC; j0 += 2 * VL) {
-    vf acc[MR][2];
+    vf acc[TR][2];
 #pragma GCC unroll 12
-    for (int r = 0; r < MR; ++r) {
+    for (int r = 0; r < TR; ++r) {
       acc[r][0] = vf{};
       acc[r][1] = vf{};
     }
     const float* a = left;
     const float* b = right + j0;
-    for (int64_t w = 0; w < words; ++w, a += MR, b += NC) {
+    for (int64_t w = 0; w < words; ++w, a += TR, b += NC) {
       if (w % 16 == 0 && j0 == 0) next();
       const vf b0 = load(b), b1 = load(b + VL);
 #pragma GCC unroll 12
-      for (int r = 0; r < MR; ++r) {
+      for (int r = 0; r < TR; ++r) {
         if constexpr (kPairs<T>) {
 #if defined(__AVX512BF16__)
           int32_t word;
@@ -158,7 +158,7 @@ inline __attribute__((noinline)) void gradient_tile(const float* left, const flo
       }
     }
 #pragma GCC unroll 12
-    for (int r = 0; r < MR; ++r) {
+    for (int r = 0; r < TR; ++r) {
       if (r >= rows) break;
       Out* to = out + r * stride + j0;
       store(to, accumulate ? acc[r][0] + load(to) : acc[r][0]);
@@ -184,12 +184,12 @@ inline void weight_gradient_rows(T* dw, int64_t columns, int64_t n0, int64_t n, 
     for (int64_t k0 = 0; k0 < columns; k0 += block) {
       const int64_t end = columns - k0 < block ? columns : k0 + block;
       pack_right(packed_right, right, a0, slots, k0, end);
-      const int64_t calls = (n + MR - 1) / MR * panels_of(end - k0) * ((words + 15) / 16);
+      const int64_t calls = (n + TR - 1) / TR * panels_of(end - k0) * ((words + 15) / 16);
       const int64_t after = columns - end < block ? columns - end : block;
       NextRight<T> next{right.from_column(end), a0, a0 + (after > 0 ? slots : 0), (slots + calls - 1) / calls,
                         (after * static_cast<int64_t>(sizeof(T)) + 63) / 64};
-      for (int64_t r0 = 0; r0 < n; r0 += MR) {
-        const int rows = static_cast<int>(n - r0 < MR ? n - r0 : MR);
+      for (int64_t r0 = 0; r0 < n; r0 += TR) {
+        const int rows = static_cast<int>(n - r0 < TR ? n - r0 : TR);
         const float* a = packed_left + r0 * words;
         for (int64_t k = k0; k < end; k += NC) {
           const float* b = packed_right + (k - k0) * words;
@@ -199,9 +199,9 @@ inline void weight_gradient_rows(T* dw, int64_t columns, int64_t n0, int64_t n, 
             gradient_tile<T>(a, b, words, to, columns, rows, false, next);
             continue;
           }
-          float tile[MR * NC];
+          float tile[TR * NC];
           for (int64_t w = 0; w < words; w += chain)
-            gradient_tile<T>(a + w * MR, b + w * NC, words - w < chain ? words - w : chain, tile, NC, MR, w > 0, next);
+            gradient_tile<T>(a + w * TR, b + w * NC, words - w < chain ? words - w : chain, tile, NC, TR, w > 0, next);
           for (int r = 0; r < rows; ++r) {
             Row row = load_row(tile + r * NC, NC);
             if constexpr (kIsFloat<T>) {
@@ -226,7 +226,7 @@ inline void weight_gradient_rows(T* dw, int64_t columns, int64_t n0, int64_t n, 
 class GradientBlocks {
  public:
   GradientBlocks(int64_t groups, int64_t rows, int threads) : groups_(groups), rows_(rows) {
-    while (block_ > 2 * MR && count() < 8 * threads) block_ /= 2;
+    while (block_ > 2 * TR && count() < 8 * threads) block_ /= 2;
   }
   int64_t count() const { return groups_ * per_group(); }
   int64_t group(int64_t block) const { return block / per_group(); }
