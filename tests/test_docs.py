@@ -13,7 +13,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (
     "README.md",
+    "docs/branches.md",
     "docs/drop_in.md",
+    "docs/gates_and_policies.md",
+    "docs/halting.md",
     "docs/quickstart.ipynb",
     "docs/relu_sparsity.md",
     "docs/tokens.md",

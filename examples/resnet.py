@@ -1,0 +1,65 @@
+"""A small residual network on digits of 16 x 16 pixels: what the examples that skip blocks share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from examples.common import Split, digits
+
+SIZE, WIDTH, DEPTH = 16, 32, 6
+EPOCHS = 10
+
+
+def images(quick: bool) -> tuple[Split, int]:
+    """(the digits, for how many epochs to train); a few of them for one where it has to be quick."""
+    data = digits(size=SIZE)
+    if not quick:
+        return data, EPOCHS
+    parts = ((x[:64], y[:64]) for x, y in (data.train, data.valid, data.test))
+    return Split(*parts), 1
+
+
+def clock(quick: bool) -> dict[str, Any]:
+    """How long `curve` may look at the clock."""
+    return {"seconds": 0.2, "singles": 2} if quick else {"seconds": 8.0}
+
+
+def block() -> nn.Module:
+    """The residual F(x) of a block [B, WIDTH, H, W]; whoever uses it adds x."""
+    layers: list[nn.Module] = []
+    for _ in range(2):
+        layers += [nn.GroupNorm(4, WIDTH), nn.ReLU(), nn.Conv2d(WIDTH, WIDTH, 3, padding=1)]
+    return nn.Sequential(*layers)
+
+
+class Residual(nn.Module):
+    """x + F(x)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class ResNet(nn.Module):
+    """A convolution, a chain of blocks, a linear head on the mean over the positions."""
+
+    def __init__(self, chain: nn.Module) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, WIDTH, 3, padding=1)
+        self.chain = chain
+        self.norm = nn.GroupNorm(4, WIDTH)
+        self.head = nn.Linear(WIDTH, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, 10] of images [B, 1, 16, 16]."""
+        x = self.norm(self.chain(self.stem(images))).relu()
+        return self.head(x.mean((2, 3)))
+
+
+def dense() -> ResNet:
+    return ResNet(nn.Sequential(*(Residual() for _ in range(DEPTH))))
