@@ -19,8 +19,8 @@ from dyncore.plan import route_mask, select
 
 # Learners of so few inputs take the time of a dense layer from this density on: with 2048 rows of 512 and 4 learners of
 # 128 inputs, 512 outputs, 0.5 takes 0.83 and 0.75 takes 1.2 of its time on 2 threads of Zen 4; with learners of 256
-# inputs, 3072 outputs, 0.5 takes 0.55.
-_NARROW, _DENSE_FROM = 256, 0.6
+# inputs, 3072 outputs, 0.5 takes 0.57, but 0.75 takes 1.12: there slots outgrow the workspace that kernels keep, 64 MB.
+_NARROW, _MANY, _DENSE_FROM = 256, 15 << 20, 0.6
 
 
 class CountGate(ThresholdGate):
@@ -186,7 +186,7 @@ class ACMLinear(DynamicLayer):
         rows = x.reshape(math.prod(x.shape[:-1]), self.in_features)
         if every_slot(plan):
             out = self._dense(rows, scale)
-        elif mode() == "masked" or (self.in_features // count < _NARROW and most_slots(plan, _DENSE_FROM)):
+        elif mode() == "masked" or (self._is_dear(plan.num_slots) and most_slots(plan, _DENSE_FROM)):
             out = self._dense(rows, scale, mask)
         else:
             # slots in the plan's order: by learner, then by row
@@ -197,6 +197,10 @@ class ACMLinear(DynamicLayer):
             bias = None if self.bias is None else F.pad(self.bias[None], (0, 0, 0, count - 1))
             out = grouped_linear(slots, weight, bias, plan=plan, gather=False)
         return out.view(*x.shape[:-1], self.out_features)
+
+    def _is_dear(self, num_slots: int) -> bool:
+        """Whether slots cost more than their products."""
+        return self.in_features // self.num_learners < _NARROW or num_slots * self.out_features > _MANY
 
     def _dense(self, rows: Tensor, scale: Tensor | None, mask: Tensor | None = None) -> Tensor:
         """Every learner of every row as one product; where `mask` [T, N] is given, inputs outside of it are 0."""
