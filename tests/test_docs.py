@@ -15,6 +15,7 @@ PAGES = (
     "README.md",
     "docs/branches.md",
     "docs/drop_in.md",
+    "docs/early_exits.md",
     "docs/gates_and_policies.md",
     "docs/halting.md",
     "docs/quickstart.ipynb",
