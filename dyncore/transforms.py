@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_is_batched = torch._C._functorch.is_batchedtensor  # pyright: ignore
+
 
 class _Context:
     """What a forward leaves for its backward, where torch gives it no context: the tensors by their places among inputs
@@ -80,7 +82,13 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """function.apply(*args), under the transforms of torch.func, too."""
     if not torch._C._are_functorch_transforms_active():
         return function.apply(*args)
-    if torch.compiler.is_compiling():  # Dynamo takes what a transform wraps for constant, but nothing computed from it
+    if torch.compiler.is_compiling():
+        if any(isinstance(a, Tensor) and _is_batched(a) for a in args):  # Dynamo would leave the gradients out, unsaid
+            raise RuntimeError(
+                "torch.compile of torch.vmap over dyncore's ops has no gradients: leave out torch.compile, or call it "
+                "in torch.no_grad()"
+            )
+        # Dynamo takes what a transform wraps for constant, but nothing computed from it
         return function.apply(*(a.view_as(a) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args))
     context = _Context()
     outputs = _transformable(function).apply(*args, context)[: context.num_outputs]

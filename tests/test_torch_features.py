@@ -169,6 +169,22 @@ def test_gradients_of_weights_go_through_vmap_and_compile(name):
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("name", ["gather_rows", "grouped_mlp", "route_mask"])
+def test_a_compiled_vmap_refuses_to_leave_gradients_out(name):
+    xs = torch.randn(3, 5, 4)
+    loss = lambda xs: torch.vmap(FUNCTIONS[name])(xs).square().sum()  # noqa: E731
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    with dc.execution("sparse"):
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(xs), loss(xs))
+        with pytest.raises(
+            RuntimeError, match=r"torch.vmap over dyncore's ops has no gradients: leave out torch.compile"
+        ):
+            compiled(xs)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 @pytest.mark.parametrize("build", [lambda: dc.nn.MoE(4, 8, 3), lambda: hard_skip()], ids=["moe", "skip"])
 def test_an_ensemble_of_layers_trains(build):
     layers, x = [build() for _ in range(2)], torch.randn(5, 4)
