@@ -20,7 +20,7 @@ from dyncore.measure import read_results
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 from dyncore import cli
-from dyncore.bench import page, plots, run, table
+from dyncore.bench import compare, page, plots, run, table
 
 environment = importlib.import_module("dyncore.measure.environment")  # the name in dyncore.measure is the function
 
@@ -396,3 +396,37 @@ def test_the_benchmarks_run_under_pytest_and_leave_a_record_of_every_sample(tmp_
     (record,) = results["records"]
     counts = {name: len(variant["samples_ns"]) for name, variant in record["variants"].items()}
     assert counts["naive"] == counts["dense"] == counts["dyncore"] >= 5
+
+
+def test_a_run_is_compared_with_an_earlier_one(records):
+    quiet = json.loads(json.dumps(records))
+    for record in quiet:
+        for variant in record["variants"].values():
+            variant["spread"] = 0.0
+    today = json.loads(json.dumps(quiet))
+    slower, faster, busy, new, *_ = today
+    slower["variants"]["dyncore"]["median_ms"] *= 2
+    slower["against"] = {name: x / 2 for name, x in slower["against"].items()}
+    faster["variants"]["dyncore"]["median_ms"] /= 2
+    faster["against"] = {name: x * 2 for name, x in faster["against"].items()}
+    for variant in busy["variants"].values():  # a machine of half the speed
+        variant["median_ms"] *= 2
+    new["keep_ratio"] = 0.123
+    found = compare.changes(quiet, today)
+    assert [change["verdict"] for change in found[:3]] == ["slower", "faster", "same"]
+    assert [change["speedup"] for change in found[:3]] == pytest.approx([0.5, 2.0, 0.5])
+    assert {change["verdict"] for change in found[3:]} <= {"same"}
+    assert len(found) == len(today) - 1
+    (sentence,) = compare.sentences({"created": "then"}, found, len(today))
+    assert f"{len(found)} of {len(today)} points" in sentence
+    assert "1 faster, 1 slower" in sentence
+    assert compare.table(found).row_count == 2
+    (sentence,) = compare.sentences({"created": "then"}, [], 3)
+    assert sentence.startswith("None of the 3 points is in the run of then")
+
+
+def test_what_moved_within_its_spread_is_the_same(records):
+    today = json.loads(json.dumps(records[:1]))
+    today[0]["against"] = {name: x * 1.2 for name, x in today[0]["against"].items()}
+    today[0]["variants"]["dyncore"]["spread"] = 0.3
+    assert compare.changes(records[:1], today)[0]["verdict"] == "same"

@@ -127,6 +127,8 @@ def test_help_of_tune_has_an_example_of_each_device(capsys):
         ),
         (["bench", "--tiny", "--out", f"{__file__}/x"], f"cannot make the folder '{__file__}/x': Not a directory"),
         (["bench", "--tiny", "--out", "x" * 300], "xxx': File name too long"),
+        (["bench", "--tiny", "--compare", "/nope.json"], "argument --compare: cannot read '/nope.json': No such file"),
+        (["bench", "--tiny", "--compare", __file__], f"argument --compare: {__file__} is not JSON"),
         (["tune", "--device", "cuda", "--force"], "argument --force: not allowed with a CUDA device"),
         (["tune", "--device", "tpu"], "argument --device: expected cpu, cuda or cuda:<number>, got 'tpu'"),
         (["tune", "--device", "cuda:x"], "argument --device: expected cpu, cuda or cuda:<number>, got 'cuda:x'"),
@@ -218,13 +220,21 @@ def test_results_are_written_over_when_forced_alone(tmp_path, monkeypatch, capsy
     assert asked == [tmp_path] * 2
 
 
-def test_names_and_dtype_choose_points(tmp_path):
+def test_names_and_dtype_choose_points_and_a_second_run_is_compared_with_the_first(tmp_path):
     pytest.importorskip("matplotlib")
     done = run("bench", "moe", "--tiny", "--dtype", "bf16", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "bench-results").iterdir()
     results = read_results(folder / "results.json")
     assert {(r["mechanism"], r["dtype"]) for r in results["records"]} == {("moe", "bfloat16")}
+    old, new = folder / "results.json", tmp_path / "new"
+    done = run("bench", "moe", "--tiny", "--dtype", "bf16", "--out", str(new), "--compare", str(old))
+    assert done.returncode == 0, done.stderr
+    count = len(results["records"])
+    assert f"{count} of {count} points are in the run of {results['created']}" in done.stdout
+    compared = read_results(new / "results.json")["compared"]
+    assert compared["with"] == results["created"]
+    assert len(compared["points"]) == count
 
 
 def test_ctrl_c_keeps_what_was_measured(tmp_path):

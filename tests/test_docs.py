@@ -26,6 +26,7 @@ PAGES = (
 FRAGMENTS = ("docs/transformers.md",)  # code around a model of the reader's own
 PUBLIC = (
     "dyncore",
+    "dyncore.audit",
     "dyncore.nn",
     "dyncore.nn.attention",
     "dyncore.nn.exits",

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from dyncore.bench import points
+from dyncore.bench import compare, points
 from dyncore.bench.contest import Point, measure
 from dyncore.bench.page import write_page
 from dyncore.bench.plots import write_plots
@@ -25,7 +25,7 @@ INTERRUPTED = 130  # exit status of a process that Ctrl-C ended
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What `dyncore bench` was asked for: the report goes into `out`, a folder that exists; `seconds` and `min_rounds`
-    bound the timing of each point."""
+    bound the timing of each point; `earlier` are results to compare with."""
 
     out: Path
     names: tuple[str, ...] = ()
@@ -35,6 +35,7 @@ class Options:
     seconds: float = 1.0
     min_rounds: int = 5
     command: str = "dyncore bench"
+    earlier: dict[str, Any] | None = None
 
 
 def _expected_seconds(point: Point, options: Options) -> float:
@@ -91,6 +92,14 @@ def run(options: Options) -> int:
             out.print(sentence, highlight=False, soft_wrap=True)
         for warning in results["warnings"]:
             out.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
+        if options.earlier is not None:
+            found = compare.changes(options.earlier["records"], results["records"])
+            results["compared"] = {"with": options.earlier["created"], "points": found}
+            write_results(folder / "results.json", results)
+            if any(change["verdict"] != "same" for change in found):
+                out.print(compare.table(found))
+            for sentence in compare.sentences(options.earlier, found, len(results["records"])):
+                out.print(sentence, highlight=False, soft_wrap=True)
         out.print(f"Report: {folder / 'index.html'}", highlight=False, soft_wrap=True)
     if results["interrupted"]:
         log.print(

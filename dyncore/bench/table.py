@@ -149,13 +149,18 @@ def render(records: list[dict[str, Any]]) -> list[Table]:
     return tables
 
 
+def one_point(record: dict[str, Any]) -> str:
+    """Which point a record is of."""
+    return (
+        f"{record['mechanism']} {record['input']} {shape_text(record)} {_dtype(record)} "
+        f"{_phase(record)} keep {record['keep_ratio']:.3g}"
+    )
+
+
 def one_line(record: dict[str, Any]) -> str:
     """What is printed when a point is done."""
     against = ", ".join(f"{x:.2f}x {RIVALS[name][0]}" for name, x in record["against"].items())
-    return (
-        f"{record['mechanism']} {record['input']} {shape_text(record)} {_dtype(record)} "
-        f"{_phase(record)} keep {record['keep_ratio']:.3g}: {milliseconds(record['variants']['dyncore'])} ms, {against}"
-    )
+    return f"{one_point(record)}: {milliseconds(record['variants']['dyncore'])} ms, {against}"
 
 
 def summary(results: dict[str, Any]) -> list[str]:

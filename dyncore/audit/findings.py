@@ -1,0 +1,229 @@
+"""What an audit found, as a table and as a document of schema dyncore.audit/1."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+from dyncore import break_even
+from dyncore.measure.records import write_results
+from dyncore.measure.timing import Timing
+
+SCHEMA = "dyncore.audit/1"
+_TEXTS = 2  # columns of a table that hold text
+PAYS = 1.05  # from this speed-up on a replacement is called a gain
+
+
+@dataclasses.dataclass
+class Layer:
+    """One layer that skips, or could, or looks as if it could.
+
+    Attributes:
+        name, was: of the module within the model, and its class.
+        kind: "relu" (MLPs whose activations hold zeros), "moe" (a router and experts), "masked" (computed in full, then
+            multiplied by a mask of rows), "dynamic" (a layer of dyncore.nn), "other" (looks like one of the first
+            three, but `why_not` says why it is none).
+        what: what was recognised, with its sizes.
+        how: the line of code that replaces it; None where nothing does.
+        why_not: why nothing can, or why it would not pay; None where it pays.
+        calls: how often one forward calls it. input: shape and dtype of its first tensor.
+        flops: of one call: "now", and "replaced" (executed ones, counted); of a dynamic layer "now" are those of
+            computing everything and "replaced" those it executes.
+        density: the share of rows, experts or activations that is needed; break_even: from which density on computing
+            everything is faster, None for never.
+        timings: "now" and "replaced", likewise.
+        estimated: speed-ups by phase, from density and break-even, where they can be estimated.
+        sparsity: the record of the layer's zeros (dyncore.measure.activation_sparsity), histogram included.
+    """
+
+    name: str
+    was: str
+    kind: str
+    what: str
+    how: str | None = None
+    why_not: str | None = None
+    calls: int = 0
+    input: str = ""
+    flops: dict[str, int] = dataclasses.field(default_factory=dict[str, int])
+    density: float | None = None
+    break_even: float | None = None
+    timings: dict[str, Timing] = dataclasses.field(default_factory=dict[str, Timing])
+    estimated: dict[str, float] | None = None
+    sparsity: dict[str, Any] | None = None
+
+    @property
+    def speedup(self) -> float | None:
+        """Measured: time now over time replaced."""
+        if len(self.timings) < 2:
+            return None
+        return self.timings["now"].median / self.timings["replaced"].median
+
+    @property
+    def loses(self) -> bool:
+        """Whether it was measured not to pay."""
+        return self.speedup is not None and self.speedup < PAYS
+
+    @property
+    def flop_speedup(self) -> float | None:
+        """FLOPs now over FLOPs executed; None where either is unknown or 0."""
+        now, replaced = self.flops.get("now"), self.flops.get("replaced")
+        return now / replaced if now and replaced else None
+
+    def record(self) -> dict[str, Any]:
+        """As a plain dict, raw samples included."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {
+            **fields,
+            "timings": {name: timing.record() for name, timing in self.timings.items()},
+            "speedup": self.speedup,
+            "flop_speedup": self.flop_speedup,
+        }
+
+
+def gigaflop(count: int | None) -> str:
+    return "-" if count is None else f"{count / 1e9:.3g}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
+
+
+def _named(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def _by_text(texts: list[tuple[str | None, str]]) -> list[str]:
+    """Of (text or None, name): each text with the names that have it in common."""
+    groups: dict[str, list[str]] = {}
+    for text, name in texts:
+        if text is not None:
+            groups.setdefault(text, []).append(name)
+    return [f"  {text}\n      for {_named(names)}" for text, names in groups.items()]
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(w) if i < _TEXTS else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+
+
+@dataclasses.dataclass
+class Audit:
+    """What dyncore could do for a model, layer by layer. print() makes a table of it.
+
+    Attributes:
+        model: class, parameters, dtype, device, threads, inputs, and of one call: flops and timings "now" and
+            "replaced" (all that can be replaced, replaced).
+        layers: Layer, in the order of the model.
+        notes: what else a reader should know.
+        errors: [{"point", "variant", "message"}]: layers that gave wrong numbers or failed; the others stand.
+        interrupted: not everything was measured.
+        results: the document's head: created, command, environment, warnings.
+    """
+
+    model: dict[str, Any]
+    layers: list[Layer]
+    notes: list[str]
+    errors: list[dict[str, str]]
+    interrupted: bool
+    results: dict[str, Any]
+
+    def record(self) -> dict[str, Any]:
+        """The document: `records` has one entry a layer."""
+        timings = self.model.get("timings", {})
+        return {
+            **self.results,
+            "schema": SCHEMA,
+            "interrupted": self.interrupted,
+            "model": {**self.model, "timings": {name: timing.record() for name, timing in timings.items()}},
+            "break_evens": "measured" if break_even.tuned() else "defaults",
+            "records": [layer.record() for layer in self.layers],
+            "notes": self.notes,
+            "errors": self.errors,
+        }
+
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Write `record()` as JSON."""
+        write_results(path, self.record())
+
+    def _head(self) -> list[str]:
+        model = self.model
+        threads = f"{model['threads']} thread{'s' * (model['threads'] > 1)}"
+        lines = [
+            f"{model['class']}: {model['parameters']:,} parameters, {model['dtype']}, on {model['device']}, {threads}",
+            f"inputs: {model['inputs']}",
+        ]
+        flops, timings = model.get("flops", {}), model.get("timings", {})
+        if flops:
+            lines.append(f"one call in evaluation: {gigaflop(flops['now'])} GFLOP")
+        if "now" in timings:
+            lines[-1] += f", {timings['now'].median * 1e3:.2f} ms"
+        if "replaced" in timings:
+            now, then = timings["now"], timings["replaced"]
+            lines.append(
+                f"with all of it replaced: {gigaflop(flops['replaced'])} GFLOP, {then.median * 1e3:.2f} ms: "
+                f"{now.median / then.median:.2f}x, measured"
+            )
+        return lines
+
+    def _table(self, layers: list[Layer]) -> list[str]:
+        total = self.model.get("flops", {}).get("now")
+        rows = [["layer", "what it is", "GFLOP", "of the model", "if skipped", "needed", "break-even", "FLOPs", "time"]]
+        for layer in layers:
+            now, replaced = layer.flops.get("now"), layer.flops.get("replaced")
+            rows.append(
+                [
+                    layer.name,
+                    layer.what,
+                    gigaflop(now),
+                    _share(now * layer.calls / total if now is not None and total else None),
+                    gigaflop(replaced),
+                    _share(layer.density),
+                    _share(layer.break_even),
+                    "-" if layer.flop_speedup is None else f"{layer.flop_speedup:.2f}x",
+                    "-" if layer.speedup is None else f"{layer.speedup:.2f}x",
+                ]
+            )
+        measured = (
+            "measured by dyncore tune" if break_even.tuned() else "defaults; dyncore tune measures this machine's"
+        )
+        return [
+            *_aligned(rows),
+            "GFLOP: of one call, 2 per multiply-add; needed: share of rows, experts or activations; break-even: from "
+            f"which share on computing everything is faster, 100%: never ({measured}); FLOPs, time: speed-ups of the "
+            "layer on these inputs, counted and measured",
+        ]
+
+    def _rest(self, layers: list[Layer]) -> list[str]:
+        """The share of the model's FLOPs that no layer of the table has."""
+        total = self.model.get("flops", {}).get("now")
+        names = [layer.name for layer in layers]
+        outer = [layer for layer in layers if not any(layer.name.startswith(f"{name}.") for name in names)]
+        if not total or any("now" not in layer.flops for layer in outer):
+            return []
+        rest = 1 - sum(layer.flops["now"] * layer.calls for layer in outer) / total
+        return [f"the other {rest:.0%} of the model's FLOPs are in layers that dyncore has nothing for"] * (
+            rest > 0.005
+        )
+
+    def __str__(self) -> str:
+        lines = self._head()
+        shown = [layer for layer in self.layers if layer.kind != "other"]
+        if shown:
+            lines += ["", *self._table(shown), *self._rest(shown)]
+        else:
+            lines += ["", "no dynamic layer of dyncore, and none that dyncore replaces"]
+        how = _by_text([(layer.how, layer.name) for layer in self.layers if not layer.loses])
+        why_not = _by_text([(layer.why_not, layer.name) for layer in self.layers])
+        lines += ["", "how", *how] if how else []
+        lines += ["", "why not", *why_not] if why_not else []
+        lines += ["", *self.notes] if self.notes else []
+        lines += [f"warning: {text}" for text in self.results.get("warnings", [])]
+        lines += [f"error: {e['point']}: {e['message']}" for e in self.errors]
+        return "\n".join(lines)

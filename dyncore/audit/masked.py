@@ -1,0 +1,78 @@
+"""A layer that is computed for every row and then multiplied by a mask: what skipping the masked rows would be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dyncore.audit.candidates import expression
+from dyncore.audit.findings import Layer
+from dyncore.audit.loading import Inputs
+from dyncore.audit.watching import Masked, first_tensor, watch
+from dyncore.measure.agreement import disagreement
+from dyncore.nn.early_exit import takes
+from dyncore.nn.skip import Skip
+
+Run = Callable[[], Any]
+
+
+def _advice(name: str, mask: Tensor, way: str) -> str:
+    """The line of code; gate(x) gives the mask that is multiplied with now."""
+    letters = "BSTUVW"[: mask.dim()] if mask.dim() > 1 else "B"
+    place, shape = expression(name), ", ".join(letters)
+    return (
+        f'{place} = dyncore.nn.{way}({place}, gate, returns="update") in the place of x + mask * {place}(x), '
+        f"gate(x) being the mask [{shape}]"
+    )
+
+
+def masked_run(model: nn.Module, masked: Masked, inputs: Inputs) -> tuple[Layer, tuple[Run, Run] | None]:
+    """The finding, and (run now, run skipping) where its rows can be left out one by one."""
+    module, mask = model.get_submodule(masked.layer), masked.mask
+    layer = Layer(masked.layer, type(module).__name__, "masked", f"computed in full, then masked {list(mask.shape)}")
+    layer.density = float(mask.double().mean())
+    calls, _, _ = watch(model, inputs, {masked.layer})
+    call = calls[masked.layer]
+    layer.calls = call.count
+    x, y = call.x, call.y
+    if x is None or y is None or x.shape != y.shape or x.shape[: mask.dim()] != mask.shape:
+        layer.why_not = "it does not give back rows of the shape of its input: the rows to leave out are not known"
+        return layer, None
+    layer.input = f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+    if len(call.inputs.args) + len(call.inputs.kwargs) > 1 and mask.dim() == 1:
+        layer.why_not = "it takes more than x: its other arguments would have to be cut to the rows that stay, too"
+        return layer, None
+    alone = _rows_alone(module, x, y, mask)
+    if alone is not None:
+        if takes(module, "positions") and takes(module, "live"):
+            layer.how = _advice(masked.layer, mask, "TokenSkip")
+            layer.why_not = (
+                "measured once it is a TokenSkip: its numbers change, for tokens left out are not attended to"
+            )
+        else:
+            layer.why_not = f"it mixes rows ({alone}): rows cannot be left out without changing the others"
+        return layer, None
+    layer.how = _advice(masked.layer, mask, "Skip")
+    skip = Skip(module, lambda _: mask, returns="update").eval()
+    factor = mask.reshape(*mask.shape, *[1] * (x.dim() - mask.dim())).to(x.dtype)
+
+    def now() -> Tensor:
+        return x + factor * module(x)
+
+    return layer, (now, lambda: skip(x))
+
+
+def _rows_alone(module: nn.Module, x: Tensor, y: Tensor, mask: Tensor) -> str | None:
+    """Why the module's rows are not computed each by itself; None if they are."""
+    if not bool(mask.any()):
+        mask = torch.ones_like(mask)
+    try:
+        got = first_tensor(module(x[mask]))
+    except Exception as error:
+        return f"on rows alone it raises {type(error).__name__}"
+    if got is None:
+        return "on rows alone it returns no tensor"
+    return disagreement(got, y[mask])
