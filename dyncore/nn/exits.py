@@ -66,6 +66,12 @@ class Criterion(Movable):
         else:
             super().__setattr__(name, value)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        saved = state_dict.get(f"{prefix}threshold")
+        if isinstance(saved, Tensor) and saved.shape != self.threshold.shape:  # calibrated since it was built
+            self._buffers["threshold"] = self.threshold.new_empty(saved.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def confidence(self, logits: Tensor, state: Any) -> tuple[Tensor, Any]:
         """(confidence [B], state for the next exit) of logits [B, C], in float32 or wider: to be overridden."""
         raise NotImplementedError("confidence: expected a criterion that defines it")

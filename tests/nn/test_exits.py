@@ -104,6 +104,9 @@ def test_each_exit_may_have_its_own_threshold():
     twin = copy.deepcopy(other)
     assert torch.equal(twin.threshold, other.threshold)
     assert twin.state_dict().keys() == {"threshold"}
+    fresh = exits.MaxProbability()
+    fresh.load_state_dict(other.state_dict())  # calibrated since it was built
+    assert torch.equal(fresh.threshold, other.threshold)
 
 
 def test_simulation_takes_the_first_exit_that_is_sure(build):
