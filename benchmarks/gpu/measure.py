@@ -21,14 +21,12 @@ import dyncore as dc
 from benchmarks.gpu.cases import Case, Inputs
 from benchmarks.gpu.reference import TOLERANCE, Reference, worst_error
 from benchmarks.gpu.ways import CUBLAS_SIZE, Way, plan_makers, ways
+from dyncore.measure.timing import Interleaved, InterleavedOnDevice
 
 Record = dict[str, Any]
 Call = Callable[[int], object]
 
 ROUNDS = (5, 60)  # fewest and most samples of a way
-# The device sleeps this many cycles (a millisecond) before each sample, so that the host has queued the whole call
-# when its clock starts. What the host takes is measured on its own (measure_layer).
-AHEAD = 2_000_000
 REPLAYS = 20  # of a CUDA graph under the profiler
 
 # Timing -----------------------------------------------------------------------------------------------------------
@@ -39,41 +37,12 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def time_once(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, from an idle device to an idle device."""
-    synchronize(device)
-    start = time.perf_counter()
-    call()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
 def interleave(calls: Mapping[str, Call], sets: int, device: torch.device, seconds: float) -> dict[str, list[float]]:
     """Milliseconds of each call, one sample each a round, the order and the buffers turning with the rounds."""
-    for call in calls.values():
-        for i in range(sets):
-            call(i)
-    once = sum(time_once(lambda c=call: c(0), device) + 1e-3 for call in calls.values())
-    rounds = max(ROUNDS[0], min(ROUNDS[1], int(seconds / once)))
-    names = list(calls)
-    samples: dict[str, list[float]] = {name: [] for name in names}
-    pairs: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-    for r in range(rounds):
-        first = r % len(names)
-        for name in names[first:] + names[:first]:
-            if device.type == "cuda":
-                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                torch.cuda._sleep(AHEAD)
-                start.record()
-                calls[name](r % sets)
-                end.record()
-                pairs.append((name, start, end))
-            else:
-                samples[name].append(1e3 * time_once(lambda n=name, r=r: calls[n](r % sets), device))
-    synchronize(device)
-    for name, start, end in pairs:
-        samples[name].append(start.elapsed_time(end))
-    return samples
+    kind = InterleavedOnDevice if device.type == "cuda" else Interleaved
+    timer = kind(calls, arguments=lambda name, round: (round % sets,))
+    timings = timer.run(seconds=seconds, min_rounds=ROUNDS[0], max_rounds=ROUNDS[1], warm_up=sets)
+    return {name: [ns / 1e6 for ns in timing.samples_ns] for name, timing in timings.items()}
 
 
 def captured(call: Call, sets: int, device: torch.device) -> Call:
