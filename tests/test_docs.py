@@ -16,11 +16,14 @@ PAGES = (
     "docs/branches.md",
     "docs/drop_in.md",
     "docs/early_exits.md",
+    "docs/experts.md",
     "docs/gates_and_policies.md",
     "docs/halting.md",
+    "docs/nested_width.md",
     "docs/quickstart.ipynb",
     "docs/relu_sparsity.md",
     "docs/tokens.md",
+    "docs/tree.md",
     "docs/your_own_layer.md",
 )
 FRAGMENTS = ("docs/transformers.md",)  # code around a model of the reader's own

@@ -21,13 +21,21 @@ from dyncore.ops.packed import PackedMLP, grouped_mlp_packed
 from dyncore.plan import Plan, route, route_mask, route_topk
 
 ROUTING = ("token_choice", "expert_choice")
-OPTIONS = ("routing", "normalize", "shared_experts")  # of from_experts; all else follows from the experts
+OPTIONS = ("routing", "normalize", "capacity", "shared_experts")  # of from_experts; all else follows from the experts
 
 
 def _share(plan: Plan, shape: torch.Size) -> Tensor:
     """The share of the groups that each row took, of the shape of x's leading dimensions."""
     slots = plan.row_offsets[1:] - plan.row_offsets[:-1]
     return (slots.float() / plan.num_groups).view(shape)
+
+
+def _admitted(expert: Tensor, num_experts: int, limit: int) -> Tensor:
+    """`expert` [T, K] with -1 where an expert has `limit` slots already: of first choices, then of earlier rows."""
+    choices = expert.t().reshape(-1)
+    taken = (choices[:, None] == torch.arange(num_experts, device=expert.device)).cumsum(0)
+    place = taken.gather(1, choices[:, None])[:, 0]
+    return torch.where(place <= limit, choices, -1).view(expert.shape[1], expert.shape[0]).t()
 
 
 class MoE(DynamicLayer):
@@ -43,12 +51,16 @@ class MoE(DynamicLayer):
             causal: whether a token is taken depends on later tokens and on the rest of the batch.
         normalize: token choice: divide the weights of a token by their sum; by default where top_k > 1 (at 1 it would
             cut the router's gradient).
+        capacity: token choice: the most slots of an expert, as a multiple of its even share top_k * T / E (Switch;
+            GShard, Lepikhin 2021): first choices come before second ones, earlier tokens before later ones, and what
+            finds no room is dropped. None: dropless.
         shared_experts: this many experts' width of MLP that every token passes, added unweighted.
         router: a module [T, H] -> logits [T, E] instead of the Linear; logits are float32 in any case.
 
     Parameters, as dc.grouped_mlp wants them: w_in [E, I, H], gated [E, 2I, H] gate half first; w_out [E, H, I];
-    b_in [E, I or 2I], b_out [E, H]. Nothing is dropped and no expert padded. `last_cost` is the share of the experts
-    that a token took; `losses()` has load_balance (token choice) and router_z. `pack()` speeds up inference on a CPU.
+    b_in [E, I or 2I], b_out [E, H]. Without a capacity nothing is dropped, and no expert is ever padded. `last_cost` is
+    the share of the experts that a token took; `losses()` has load_balance (token choice) and router_z. `pack()` speeds
+    up inference on a CPU.
     """
 
     _transient = (*DynamicLayer._transient, "_logits", "_packed")
@@ -66,6 +78,7 @@ class MoE(DynamicLayer):
         bias: bool = False,
         routing: str = "token_choice",
         normalize: bool | None = None,
+        capacity: float | None = None,
         shared_experts: int = 0,
         router: nn.Module | None = None,
     ) -> None:
@@ -79,6 +92,13 @@ class MoE(DynamicLayer):
                 raise ValueError(f"{name}: expected a positive number, got {value}")
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k: expected 1..{num_experts} (num_experts), got {top_k}")
+        if capacity is not None:
+            if isinstance(capacity, bool) or not isinstance(capacity, (int, float)):
+                raise TypeError(f"capacity: expected a number or None, got {type(capacity).__name__}")
+            if not 0 < capacity < math.inf:
+                raise ValueError(f"capacity: expected a number > 0, got {capacity}")
+            if routing == "expert_choice":
+                raise ValueError("capacity: expected None where experts choose, for they take equally many tokens")
         if shared_experts < 0:
             raise ValueError(f"shared_experts: expected a number >= 0, got {shared_experts}")
         self.dim = dim
@@ -88,6 +108,8 @@ class MoE(DynamicLayer):
         self.activation: str = expect_choice("activation", activation, ACTIVATIONS)
         self.routing: str = expect_choice("routing", routing, ROUTING)
         self.normalize: bool = top_k > 1 if normalize is None else normalize
+        # in integers: torch.compile makes a float attribute a symbol
+        self._capacity: tuple[int, int] | None = None if capacity is None else float(capacity).as_integer_ratio()
         width = 2 * hidden_dim if activation in activations.GATED else hidden_dim
         self.router: nn.Module = nn.Linear(dim, num_experts, bias=False) if router is None else router
         self.w_in: nn.Parameter = nn.Parameter(torch.empty(num_experts, width, dim))
@@ -162,13 +184,19 @@ class MoE(DynamicLayer):
         self._packed = None
 
     def _route(self, logits: Tensor) -> Plan:
-        if self.routing == "token_choice" and logits.is_cuda:  # two kernels; on a CPU topk is faster than its sort
+        if (
+            self.routing == "token_choice" and logits.is_cuda and self._capacity is None
+        ):  # two kernels; on a CPU topk is faster than its sort
             return route_topk(logits, self.top_k, normalize=self.normalize)
         probabilities = torch.softmax(logits, dim=-1)
         if self.routing == "token_choice":
             weight, expert = probabilities.topk(self.top_k, dim=-1)
             if self.normalize:
                 weight = weight / weight.sum(-1, keepdim=True)
+            if self._capacity is not None:
+                share, parts = self._capacity
+                limit = -(-share * expert.numel() // (parts * self.num_experts))
+                expert = _admitted(expert, self.num_experts, limit)
             return route(expert, weight, num_groups=self.num_experts)
         num_rows = probabilities.shape[0]
         each = min(num_rows, -(-self.top_k * num_rows // self.num_experts))

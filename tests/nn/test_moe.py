@@ -393,6 +393,13 @@ def test_options_that_the_experts_settle_are_refused(name, value):
         (lambda: dc.nn.MoE(D, I, E, 2.0), TypeError, r"top_k: expected an int, got 2\.0 \(float\)"),
         (lambda: dc.nn.MoE(D, I, E, True), TypeError, r"top_k: expected an int, got True \(bool\)"),
         (lambda: dc.nn.MoE(D, I, E, shared_experts=0.5), TypeError, r"shared_experts: expected an int, got 0\.5"),
+        (lambda: dc.nn.MoE(D, I, E, capacity="1"), TypeError, "capacity: expected a number or None, got str"),
+        (lambda: dc.nn.MoE(D, I, E, capacity=0), ValueError, "capacity: expected a number > 0, got 0"),
+        (
+            lambda: dc.nn.MoE(D, I, E, capacity=1.0, routing="expert_choice"),
+            ValueError,
+            "capacity: expected None where experts choose",
+        ),
         (lambda: dc.nn.MoE(D, I, E)([1.0]), TypeError, "x: expected a Tensor, got list"),
         (lambda: dc.nn.MoE(D, I, E, 6), ValueError, r"top_k: expected 1..5 \(num_experts\), got 6"),
         (lambda: dc.nn.MoE(D, I, E, activation="tanh"), ValueError, "activation: expected one of relu, .* got 'tanh'"),
@@ -450,3 +457,34 @@ def test_options_that_the_experts_settle_are_refused(name, value):
 def test_bad_arguments_are_named(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_a_capacity_drops_what_comes_last():
+    layer, x = dc.nn.MoE(D, 8, 3, 2, capacity=0.75), torch.randn(8, D)
+    first, second = [0, 0, 0, 0, 0, 1, 1, 2], [1, 1, 1, 2, 2, 0, 0, 0]
+    logits = torch.zeros(8, 3)
+    for row, (a, b) in enumerate(zip(first, second, strict=True)):
+        logits[row, a], logits[row, b] = 2.0, 1.0
+    layer.router = nn.Identity()
+    layer.router.forward = lambda rows: logits
+    y = layer(x)
+    limit = 4  # 0.75 * 8 * 2 / 3
+    taken = {(row, e) for e in range(3) for row in [r for r in range(8) if first[r] == e][:limit]}
+    for e in range(3):
+        room = limit - sum(expert == e for _, expert in taken)
+        taken |= {(row, e) for row in [r for r in range(8) if second[r] == e][:room]}
+    plan = layer.last_plan
+    assert set(zip(plan.rows.tolist(), plan.groups().tolist(), strict=True)) == taken
+    assert len(taken) < 16
+    torch.testing.assert_close(layer.last_cost.sum() * 3, torch.tensor(float(len(taken))))
+    layer._capacity = None
+    whole = layer(x)
+    for row in range(8):
+        assert torch.allclose(y[row], whole[row]) == ({(row, first[row]), (row, second[row])} <= taken)
+
+
+def test_a_wide_capacity_drops_nothing():
+    layer, x = dc.nn.MoE(D, 8, 4, 2, capacity=2.0), torch.randn(3, 10, D)
+    y = layer(x)
+    layer._capacity = None
+    assert torch.equal(layer(x), y)
