@@ -163,8 +163,9 @@ def test_flops_of_mixture_of_depths_are_the_router_and_the_block_on_k_tokens():
     layer, x = dc.nn.MixtureOfDepths(block(), 4), torch.randn(B, S, D)
     dense = flops(lambda: layer.block(x[:, :4]))
     assert flops(lambda: layer(x)) == 2 * B * S * D + dense
-    projections, mlp, attention = 2 * 4 * D * D, 2 * 2 * D * 4 * D, 2 * 2 * 4 * D
-    assert dense == B * 4 * (projections + mlp + attention)
+    projections, mlp = 2 * 4 * D * D, 2 * 2 * D * 4 * D
+    heads = torch.randn(B, 4, 4, D // 4)
+    assert dense == B * 4 * (projections + mlp) + flops(lambda: dc.attention(heads, heads, heads))
 
 
 def test_flops_fall_with_the_tokens_kept():
@@ -187,7 +188,9 @@ def test_kept_keys_cost_their_projection_and_skipped_ones_do_not():
     x, dense = torch.randn(1, 64, D), block()
     selected = flops(lambda: dc.nn.TokenSkip(dense, Fixed(mask))(x))
     all_keys = flops(lambda: dc.nn.TokenSkip(dense, Fixed(mask), "all_keys")(x))
-    assert all_keys - selected == 2 * (64 - 8) * D * 2 * D + 2 * 2 * 8 * (64 - 8) * D
+    q, k, at = torch.randn(1, 4, 8, D // 4), torch.randn(1, 4, 64, D // 4), torch.arange(0, 64, 8)
+    more = flops(lambda: dc.attention(q, k, k, q_positions=at)) - flops(lambda: dc.attention(q, q, q))
+    assert all_keys - selected == 2 * (64 - 8) * D * 2 * D + more
 
 
 def test_cost_of_a_token_is_whether_it_ran_and_teaches_the_gate():
