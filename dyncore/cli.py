@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 import dyncore
-from dyncore.commands import audit, bench, env, tune
+from dyncore.commands import audit, bench, env, report, tune
 from dyncore.commands.arguments import Parser
 
 
@@ -15,7 +15,7 @@ def _parser() -> Parser:
     parser = Parser(prog="dyncore", description="Conditional computation that pays: what is here, and what it gains.")
     parser.add_argument("--version", action="version", version=f"dyncore {dyncore.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
-    for command in (env, bench, audit, tune):
+    for command in (env, bench, audit, report, tune):
         command.add(commands)
     return parser
 

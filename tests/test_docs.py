@@ -41,6 +41,7 @@ PUBLIC = (
     "dyncore.measure",
     "dyncore.convert",
     "dyncore.masks",
+    "dyncore.report",
     "dyncore.integrations.transformers",
 )
 INHERITED = ("extra_repr",)  # torch says what it is

@@ -1,0 +1,182 @@
+"""Documents of every schema that dyncore writes, as the few kinds of data that a report draws.
+
+- comparisons: one way to compute something against computing everything: records of dyncore.results/1 (bench, tests,
+  benchmarks), savings, the layers of an audit.
+- zeros: of a layer's activations: dyncore.activation_sparsity/1, its relatives, audits.
+- stages: the shares of time of one comparison's steps, where a record has `stages` {name: share}.
+- ranking: dyncore.ranking/1. audit: dyncore.audit/1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What one point took with and without skipping.
+
+    Attributes:
+        mechanism, name: what it is, and which of its kind.
+        keep: the share that was executed; None where it is not known.
+        executed, dense: FLOPs; dense is None where computing everything took no part.
+        ms: medians by variant: "dyncore", "dense" and others; spread: of dyncore's.
+        bytes: that a call must at least move, where it is known. stages: shares of time. source: the file.
+    """
+
+    mechanism: str
+    name: str
+    dtype: str
+    phase: str
+    keep: float | None
+    executed: int | None
+    dense: int | None
+    ms: dict[str, float]
+    spread: float
+    bytes: float | None
+    stages: dict[str, float]
+    source: str = ""
+
+    @property
+    def curve(self) -> tuple[str, ...]:
+        """What tells it from all but those of the same file that differ in `keep`."""
+        return (self.mechanism, self.name, self.dtype, self.phase, self.source)
+
+    @property
+    def speedup(self) -> float | None:
+        """Wall-clock speed-up over computing everything."""
+        return self.ms["dense"] / self.ms["dyncore"] if "dense" in self.ms else None
+
+    @property
+    def flop_speedup(self) -> float | None:
+        """FLOPs of computing everything over those executed."""
+        return self.dense / self.executed if self.dense and self.executed else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """One file: what it says of itself, and what it holds of each kind."""
+
+    path: str
+    head: Record
+    comparisons: list[Comparison]
+    zeros: list[Record]
+    ranking: Record | None = None
+    audit: Record | None = None
+
+
+def _bytes(record: Record, executed: int | None) -> float | None:
+    """Least bytes of a forward: those that the record states, else the weights in use and the rows in and out."""
+    if record.get("bytes"):
+        return float(record["bytes"])
+    shape, sizes = record.get("shape", {}), {"float32": 4, "bfloat16": 2, "float16": 2}
+    size = sizes.get(record.get("dtype", ""))
+    if not executed or size is None or record.get("phase") != "forward" or not {"T", "H", "I"} <= shape.keys():
+        return None
+    rows, width, hidden = shape["T"], shape["H"], shape["I"]
+    if {"E", "K"} <= shape.keys():
+        slots = rows * shape["K"]
+        matrices = executed / (2 * slots * width * hidden)  # 2, or 3 with a gate
+        return size * (min(shape["E"], slots) * matrices * width * hidden + 2 * rows * width)
+    if record.get("mechanism") == "token-skipping":
+        return size * (2 * width * hidden + 2 * record["keep_ratio"] * rows * width)
+    return None
+
+
+def _of_results(record: Record) -> Comparison | None:
+    variants: dict[str, Record] = record.get("variants") or {}
+    if "dyncore" not in variants:
+        return None
+    flops = record.get("flops") or {}
+    shape = " ".join(f"{letter}={size}" for letter, size in (record.get("shape") or {}).items())
+    return Comparison(
+        mechanism=str(record["mechanism"]),
+        name=f"{record.get('input', '')} {shape}".strip(),
+        dtype=str(record.get("dtype", "")),
+        phase=str(record.get("phase", "forward")),
+        keep=record.get("keep_ratio"),
+        executed=flops.get("executed"),
+        dense=flops.get("dense"),
+        ms={name: float(variant["median_ms"]) for name, variant in variants.items()},
+        spread=float(variants["dyncore"].get("spread", 0.0)),
+        bytes=_bytes(record, flops.get("executed")),
+        stages=_stages(record),
+    )
+
+
+def _stages(record: Record) -> dict[str, float]:
+    stages = record.get("stages")
+    return {str(name): float(share) for name, share in stages.items()} if isinstance(stages, dict) else {}
+
+
+def _of_savings(record: Record) -> Comparison | None:
+    """Of measure.savings: flops and timings by execution."""
+    timings, flops = record["timings"], record["flops"]
+    ours, theirs = ("sparse", record["baseline"]) if "baseline" in record else ("replaced", "now")
+    if ours not in timings or theirs not in timings:
+        return None
+    name = str(record.get("name", record.get("layer", "module")))
+    others = {other: timing for other, timing in timings.items() if other not in (ours, theirs)}
+    named = {"dyncore": timings[ours], "dense": timings[theirs], **others}
+    return Comparison(
+        mechanism=str(record.get("kind", "savings")),
+        name=name,
+        dtype=str(record.get("dtype") or str(record.get("input", "")).rpartition(" ")[2]),
+        phase="forward",
+        keep=record.get("density"),
+        executed=flops.get(ours),
+        dense=flops.get(theirs),
+        ms={n: float(timing["median_ms"]) for n, timing in named.items()},
+        spread=float(timings[ours].get("spread", 0.0)),
+        bytes=None,
+        stages=_stages(record),
+    )
+
+
+def _comparison(record: Record) -> Comparison | None:
+    if "variants" in record:
+        return _of_results(record)
+    return _of_savings(record) if "timings" in record and "flops" in record else None
+
+
+def read_document(path: str | os.PathLike[str]) -> Document:
+    """The document in a file. Raises ValueError where it is none that dyncore writes."""
+    try:
+        found: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"results: cannot read {str(path)!r}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"results: expected JSON in {str(path)!r}, got something else ({error})") from error
+    schema = str(found.get("schema", "")) if isinstance(found, dict) else ""
+    if not schema.startswith("dyncore.") and not (isinstance(found, dict) and {"timings", "baseline"} <= found.keys()):
+        raise ValueError(f"results: expected a document that dyncore wrote, {str(path)!r} has the schema {schema!r}")
+    try:
+        return _document(str(path), found, schema)
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        kind = schema or "savings"
+        raise ValueError(f"results: expected all of {kind} in {str(path)!r}, got a part ({error!r})") from error
+
+
+def _document(path: str, found: Record, schema: str) -> Document:
+    records: list[Record] = found["records"] if isinstance(found.get("records"), list) else [found]
+    zeros = [
+        {"layer": r.get("layer", r.get("name")), **(r.get("sparsity") or r)}
+        for r in records
+        if "zero_fraction" in (r.get("sparsity") or r)
+    ]
+    compared = [dataclasses.replace(c, source=path) for c in map(_comparison, records) if c is not None]
+    head = {name: value for name, value in found.items() if name not in ("records", "examples")}
+    return Document(
+        path,
+        head,
+        compared,
+        zeros,
+        ranking=found if schema.startswith("dyncore.ranking") else None,
+        audit=found if schema.startswith("dyncore.audit") else None,
+    )

@@ -1,0 +1,269 @@
+"""The report: read back as HTML, and looked at by a browser where there is one."""
+
+import copy
+import functools
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dyncore.audit import audit
+from dyncore.cli import main
+from dyncore.measure import savings
+from dyncore.nn import Skip
+
+pytest.importorskip("matplotlib")
+from dyncore.report import read_document, report_page, write_report
+from dyncore.report.figures import curves
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+FIGURES = ("speedup", "keep", "roofline", "stages", "sparsity", "ranking")
+VOID = {"meta", "link", "br", "img", "path", "use", "input"}
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+class Parsed(html.parser.HTMLParser):
+    """Tags that match, ids that are unique, every attribute and all text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.ids, self.attributes, self.tags, self.text = [], [], [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        self.ids += [value for name, value in attrs if name == "id"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def results(keeps=(0.25, 0.5, 1.0), **more):
+    """A document as dyncore bench writes it; dyncore is faster than dense below a share of 0.8."""
+    records = [
+        {
+            "mechanism": "token-skipping",
+            "input": "random <b>",
+            "shape": {"T": 512, "H": 64, "I": 256},
+            "dtype": "float32",
+            "phase": "forward",
+            "keep_ratio": keep,
+            "flops": {"executed": int(keep * 4 * 512 * 64 * 256), "dense": 4 * 512 * 64 * 256},
+            "variants": {
+                "dyncore": {"median_ms": 1.25 * keep, "spread": 0.02, "samples_ns": [1]},
+                "dense": {"median_ms": 1.0, "spread": 0.01, "samples_ns": [1]},
+            },
+            "stages": {"deciding": 0.1, "gathering": 0.2, "computing": 0.6, "scattering": 0.1},
+        }
+        for keep in keeps
+    ]
+    head = {"schema": "dyncore.results/1", "created": "2026-01-01", "command": "dyncore bench <i>", "errors": []}
+    return {**head, "warnings": [], "interrupted": False, "environment": {}, "records": records, **more}
+
+
+def zeros():
+    record = {"layer": "mlp", "zero_fraction": 0.9, "neuron_rate_quantiles": [i / 1000 for i in range(101)]}
+    return {"schema": "dyncore.activation_sparsity/1", "records": [{**record, "histogram": [0] * 17 + [1, 2, 3]}]}
+
+
+def ranking():
+    tau = [[0.8, 0.3], [0.3, None]]
+    return {"schema": "dyncore.ranking/1", "methods": ["exit", "moe"], "examples": 100, "tau": tau}
+
+
+def written(folder, document, name="results.json"):
+    path = folder / name
+    path.write_text(document if isinstance(document, str) else json.dumps(document))
+    return path
+
+
+@pytest.fixture
+def write(tmp_path):
+    return functools.partial(written, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("everything")
+    torch.manual_seed(0)
+    relu = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+    audit(relu, torch.randn(8, 16), seconds=0.001).to_json(folder / "audit.json")
+    documents = {"results.json": results(), "zeros.json": zeros(), "ranking.json": ranking()}
+    paths = [written(folder, document, name) for name, document in documents.items()]
+    out = folder / "report.html"
+    write_report([*paths, folder / "audit.json"], out)
+    return out
+
+
+def test_every_figure_is_there_and_the_page_is_sound(everything):
+    text = everything.read_text()
+    page = Parsed(text)
+    assert page.open == []
+    assert len(page.ids) == len(set(page.ids))
+    assert {f"figure-{name}" for name in FIGURES} <= set(page.ids)
+    assert page.tags.count("svg") == len(FIGURES) - 1
+    assert 'name="viewport"' in text
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_nothing_is_fetched_and_nothing_runs(everything):
+    text = everything.read_text()
+    page = Parsed(text)
+    assert "http" not in text
+    assert "@import" not in text
+    assert "script" not in page.tags
+    for name, value in page.attributes:
+        if name in ("href", "src", "xlink:href"):
+            assert value.startswith(("#", "data:"))
+    references = re.findall(r'(?:url\(|href=")#([^)"]+)', text)
+    assert references
+    assert set(references) <= set(page.ids)
+
+
+def test_colours_are_those_of_the_page(everything):
+    text = everything.read_text()
+    assert "var(--ink)" in text
+    for colour in ("#ffffff", "#1f2328", "#000000"):
+        assert colour not in text[text.index("</style>") :]
+
+
+def test_what_files_say_is_text_and_no_markup(write):
+    page = Parsed(report_page([read_document(write(results(errors=[{"point": "<b>", "message": "<script>"}])))]))
+    assert "b" not in page.tags
+    assert "i" not in page.tags
+    assert "script" not in page.tags
+    assert "dyncore bench <i>" in page.text
+
+
+def test_the_summary_counts_points(write):
+    text = report_page([read_document(write(results()))])
+    assert "token-skipping: faster than computing everything at 2 of 3 points (1.60x in the median" in text
+    assert "break-even at 0.80" in text
+
+
+def test_warnings_errors_bars_and_an_interruption_are_said(write):
+    document = results(
+        warnings=["busy"],
+        interrupted=True,
+        errors=[{"point": "p", "variant": "v", "message": "wrong"}],
+        bars=[{"text": "fast", "value": 2.0, "met": True}, {"text": "faster", "value": 1.0, "met": False}],
+    )
+    text = report_page([read_document(write(document))])
+    for words in ("Warning: busy", "Interrupted", "p: v: wrong", "1 of 2 bars met"):
+        assert words in text
+
+
+def test_curves_of_two_files_are_not_mixed(write):
+    documents = [read_document(write(results(), name)) for name in ("a.json", "b.json")]
+    assert len(curves([c for d in documents for c in d.comparisons])) == 2
+    assert curves(read_document(write(results((0.5, 1.0)))).comparisons) == {}
+
+
+def test_without_data_a_figure_is_left_out(write):
+    page = Parsed(report_page([read_document(write(ranking()))]))
+    assert [name for name in page.ids if name.startswith("figure-")] == ["figure-ranking"]
+
+
+def test_savings_are_drawn(write):
+    skip = Skip(nn.Linear(16, 16), lambda x: torch.arange(x.shape[0]) % 2 == 0)
+    record = savings(skip, torch.randn(64, 16), seconds=0.01).record()
+    (point,) = read_document(write(record)).comparisons
+    assert point.flop_speedup == 2.0
+    assert point.speedup == pytest.approx(record["wall_clock_speedup"])
+
+
+@pytest.mark.parametrize("name", sorted(str(p.relative_to(RESULTS)) for p in RESULTS.rglob("*.json")))
+def test_the_results_of_this_repository_are_understood(name):
+    document = read_document(RESULTS / name)
+    assert document.comparisons or document.zeros or document.ranking
+    text = report_page([document])
+    assert Parsed(text).open == []
+
+
+def test_a_command_writes_the_file_and_says_where(write, tmp_path, capsys):
+    out = tmp_path / "page.html"
+    assert main(["report", str(write(results())), "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"Report: {out}\n"
+    assert out.read_text().startswith("<!doctype html>")
+
+
+def broken():
+    document = copy.deepcopy(results())
+    del document["records"][0]["mechanism"]
+    return document
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "argument results: cannot read"),
+        ("hello", "argument results: expected JSON in"),
+        ("[]", "argument results: expected a document that dyncore wrote"),
+        ({"schema": "other/1"}, "has the schema 'other/1'"),
+        (broken(), "argument results: expected all of dyncore.results/1 in"),
+    ],
+)
+def test_bad_files_are_one_line_and_status_2(content, message, write, tmp_path, capsys):
+    path = tmp_path / "none.json" if content is None else write(content)
+    with pytest.raises(SystemExit) as done:
+        main(["report", str(path), "--out", str(tmp_path / "r.html")])
+    out, err = capsys.readouterr()
+    assert (done.value.code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_help_has_examples(capsys):
+    with pytest.raises(SystemExit):
+        main(["report", "--help"])
+    assert "examples: dyncore report" in capsys.readouterr().out
+
+
+def browse(path, tmp_path):
+    """(the page after a browser has laid it out 500 pixels wide, what it complained of)."""
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,900", "--enable-logging=stderr"]
+    command = [CHROMIUM, *options, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_a_browser_draws_every_figure_without_complaint(everything, tmp_path):
+    text = everything.read_text()
+    probe = """<script>
+        const boxes = [...document.querySelectorAll("figure")].map(f => [f.id, f.lastElementChild.getBoundingClientRect()])
+        const shown = Object.fromEntries(boxes.map(([id, b]) => [id, [b.width, b.height]]))
+        const root = document.documentElement
+        document.title = JSON.stringify({shown, wide: root.scrollWidth > root.clientWidth})
+        </script>"""
+    probed = tmp_path / "probed.html"
+    probed.write_text(text.replace("</body>", f"{probe}</body>"))
+    dom, complaints = browse(probed, tmp_path)
+    assert complaints == []
+    found = json.loads(re.search(r"<title>(.*?)</title>", dom).group(1))
+    assert set(found["shown"]) == {f"figure-{name}" for name in FIGURES}
+    for name, (width, height) in found["shown"].items():
+        assert 300 < width <= 500, name
+        assert height > 50, name
+    assert not found["wide"]  # tables scroll by themselves
+    probed.write_text("<script>throw new Error('seen')</script>")
+    assert any("seen" in line for line in browse(probed, tmp_path)[1])
