@@ -16,6 +16,7 @@ def test_the_curve_falls(name, least, monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(mixer, "WIDTH", 64)
     monkeypatch.setattr(mixer, "HIDDEN", 256)
+    monkeypatch.setattr(mixer, "DEPTH", 1)
     result = example.run(quick=True)
     flops = [point.flops for point in result.points]
     assert flops == sorted(flops, reverse=True)

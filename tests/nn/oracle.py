@@ -50,7 +50,6 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "tree": lambda: dc.nn.TreeMLP(D, 2, 8, soft=False),
     "dynamic_k": lambda: dc.nn.DynamicKMoE(D, 6, 4, 0.05, activation="swiglu"),
     "acm_linear": lambda: dc.nn.ACMLinear(D, D, 4).eval(),
-    "moe_capacity": lambda: dc.nn.MoE(D, 24, 6, 2, capacity=1.0),
     "moe_expert_choice": lambda: dc.nn.MoE(D, 24, 6, 2, routing="expert_choice"),
     "adaptive_depth": lambda: dc.nn.AdaptiveDepth(chain(4), dc.nn.FeatureScore(0, 30.0, 0.0), tokens=True),
     "adaptive_depth_block": lambda: dc.nn.AdaptiveDepth(

@@ -488,3 +488,15 @@ def test_a_wide_capacity_drops_nothing():
     y = layer(x)
     layer._capacity = None
     assert torch.equal(layer(x), y)
+
+
+def test_a_capacity_is_one_graph_and_the_same_in_each_mode():
+    layer = dc.nn.MoE(D, 8, 4, 2, capacity=1.0).double()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (10, 13):
+        x = torch.randn(rows, D, dtype=torch.float64)
+        want = run(layer, x)
+        torch.testing.assert_close(compiled(x), want.out)
+        for name, grad in run(layer, x, "masked").grads.items():
+            torch.testing.assert_close(grad, want.grads[name])
