@@ -38,7 +38,9 @@ class Classifier(nn.Module):
 def network() -> nn.Sequential:
     """A convolution, and the hierarchy on its features."""
     fine = [Classifier(BLOCKS, len(group)) for group in GROUPS]
-    return nn.Sequential(nn.Conv2d(1, resnet.WIDTH, 3, padding=1), Hierarchy(Classifier(1, len(GROUPS)), fine, GROUPS))
+    return nn.Sequential(
+        nn.Conv2d(1, resnet.WIDTH, 3, stride=2, padding=1), Hierarchy(Classifier(1, len(GROUPS)), fine, GROUPS)
+    )
 
 
 def loss(model: nn.Sequential, x: Tensor, y: Tensor) -> Tensor:

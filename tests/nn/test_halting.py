@@ -228,10 +228,9 @@ class Convolved(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(D, D, 3, padding=1)
-        self.seen = []
 
     def forward(self, x, mask):
-        self.seen.append(int(mask.sum()))
+        self.seen = mask
         return x + torch.where(mask[:, None], torch.tanh(self.conv(x)), 0)
 
 
@@ -242,7 +241,7 @@ def test_blocks_that_take_a_mask_see_the_whole_map():
         got = layer(x)
     state, live, total, mean = x, torch.ones(2, 6, 6, dtype=torch.bool), torch.zeros(2, 6, 6).double(), 0.0
     for n, body in enumerate(layer.blocks):
-        assert body.seen == [int(live.sum())]
+        assert torch.equal(body.seen, live)
         state = torch.where(live[:, None], state + torch.tanh(body.conv(state)), state)
         h = torch.sigmoid(10 * state[:, 0])
         halted = (total + h >= 0.99) | (n == 2)
@@ -320,6 +319,26 @@ def test_epsilon_traces_the_curve_of_one_layer_without_a_retrace():
     assert len(set(costs)) == 5
     assert (costs[0], costs[-1]) == (0.25, 1.0)
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("kind", ["positions", "mask", "all_keys", "ponder"])
+@torch.no_grad()
+def test_compiles_into_one_graph(kind):
+    score, x = dc.nn.FeatureScore(0, 10.0, 0.0), torch.randn(2, D, 4, 3)
+    if kind == "positions":
+        layer = dc.nn.AdaptiveDepth([nn.Conv2d(D, D, 1) for _ in range(3)], score, spatial=True)
+    elif kind == "mask":
+        layer = dc.nn.AdaptiveDepth([Convolved() for _ in range(3)], score, spatial=True)
+    elif kind == "all_keys":
+        x = torch.randn(2, 5, D)
+        layer = dc.nn.AdaptiveDepth([block() for _ in range(2)], score, tokens=True, attention="all_keys")
+    else:
+        x = torch.randn(7, D)
+        layer = dc.nn.AdaptiveDepth(chain(3), score, halting="ponder").eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+    assert 0 < float(layer.last_cost.mean()) < 1
 
 
 def test_the_ponder_cost_teaches_to_halt_earlier():
