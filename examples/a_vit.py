@@ -16,7 +16,7 @@ from examples.resnet import clock
 from examples.vit import Vit, images
 
 PRICE = 0.05  # of one step of one token
-EPSILONS = (-1.0, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
+EPSILONS = (0.0, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 
 
 def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

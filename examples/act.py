@@ -16,7 +16,7 @@ from examples import resnet
 from examples.common import Result, curve, main, train
 
 PRICE = 0.02  # of one step
-EPSILONS = (-1.0, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
+EPSILONS = (0.0, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 
 
 def loss(model: resnet.ResNet, x: Tensor, y: Tensor) -> Tensor:
@@ -32,10 +32,10 @@ def move(model: resnet.ResNet, epsilon: float) -> None:
 def run(quick: bool) -> Result:
     """The curve over epsilon of one trained model, beside the dense network trained alike."""
     data, epochs = resnet.images(quick)
-    dense = train(resnet.dense(), data.train, epochs=epochs)
+    dense = train(resnet.dense(), data.train, epochs=epochs, batch=resnet.BATCH)
     steps = [resnet.Residual() for _ in range(resnet.DEPTH)]
     depth = AdaptiveDepth(steps, [halt() for _ in steps[1:]], pool=pool_spatial)
-    model = train(resnet.ResNet(depth), data.train, epochs=epochs, loss=loss)
+    model = train(resnet.ResNet(depth), data.train, epochs=epochs, batch=resnet.BATCH, loss=loss)
     note = "the first block is always computed; images that never halt pay for the scores and the mean of the states"
     points = curve(dense, model, move, EPSILONS, data.test, **resnet.clock(quick))
     return Result("Adaptive computation time", *points, note=note)

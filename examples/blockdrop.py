@@ -61,11 +61,11 @@ def move(model: resnet.ResNet, threshold: float) -> None:
 def run(quick: bool) -> Result:
     """The curve over thresholds of one trained policy, beside the network it was trained for."""
     data, epochs = resnet.images(quick)
-    dense = train(resnet.dense(), data.train, epochs=epochs)
+    dense = train(resnet.dense(), data.train, epochs=epochs, batch=resnet.BATCH)
     model = copy.deepcopy(dense)
     policy = BernoulliPolicy(Policy(), resnet.DEPTH, alpha=0.9)
     model.chain = PolicySkip([residual.body for residual in model.chain], policy)
-    train(model, data.train, epochs=epochs, loss=loss, rate=2e-3)
+    train(model, data.train, epochs=epochs, batch=resnet.BATCH, loss=loss, rate=2e-3)
     return Result("BlockDrop", *curve(dense, model, move, THRESHOLDS, data.test, **resnet.clock(quick)))
 
 

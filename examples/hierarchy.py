@@ -57,7 +57,7 @@ def move(model: nn.Sequential, threshold: float) -> None:
 def run(quick: bool) -> Result:
     """The curve over thresholds of one trained model, beside itself with every classifier."""
     data, epochs = resnet.images(quick)
-    model = train(network(), data.train, epochs=epochs, loss=loss)
+    model = train(network(), data.train, epochs=epochs, batch=resnet.BATCH, loss=loss)
     dense = copy.deepcopy(model)
     move(dense, 0.0)
     note = "dense is the same network with every classifier on every image; above 1 only the group is known"

@@ -52,13 +52,13 @@ def move(model: nn.Module, threshold: float) -> None:
 def run(quick: bool) -> Result:
     """The curve over thresholds of one trained model, beside the dense network trained alike."""
     data, epochs = resnet.images(quick)
-    dense = train(resnet.dense(), data.train, epochs=epochs)
+    dense = train(resnet.dense(), data.train, epochs=epochs, batch=resnet.BATCH)
     gates = [StraightThroughGate(resnet.WIDTH, pool=pool_spatial) for _ in range(resnet.DEPTH)]
     skips = [Skip(resnet.block(), gate, returns="update") for gate in gates]
-    model = train(resnet.ResNet(nn.Sequential(*skips)), data.train, epochs=epochs, loss=soft)
+    model = train(resnet.ResNet(nn.Sequential(*skips)), data.train, epochs=epochs, batch=resnet.BATCH, loss=soft)
     for skip, gate in zip(skips, gates, strict=True):
         skip.gate = BernoulliPolicy(gate.score, pool=pool_spatial)
-    train(model, data.train, epochs=-(-epochs // 2), loss=sampled, rate=1e-3)
+    train(model, data.train, epochs=-(-epochs // 2), batch=resnet.BATCH, loss=sampled, rate=1e-3)
     return Result("SkipNet", *curve(dense, model, move, THRESHOLDS, data.test, **resnet.clock(quick)))
 
 

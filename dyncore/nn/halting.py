@@ -60,8 +60,8 @@ class AdaptiveDepth(Movable, DynamicLayer):
             come there. Training computes all steps and returns the states [K, ...]; `last_halting` [K, ...] has the
             probability of each, for `losses.expected`. Evaluation returns the state in which the probability of having
             halted reaches 1 - epsilon or, with `sample`, a uniform random number: a sample of the halting step.
-        epsilon: a buffer: at 1 all rows halt after one step, below 0 none before the last. None: 0.01 for "act", 0.5
-            for "ponder" (the median).
+        epsilon: a buffer in 0..1: at 1 all rows halt after one step, at 0 only those whose scores add up to 1. None:
+            0.01 for "act", 0.5 for "ponder" (the median).
         tokens: x is [B, S, D] and tokens halt. Blocks that take the token protocol (`dyncore.nn.attention`) attend by
             original positions; others see tokens [A, D] and must treat each by itself.
         attention: "selected": halted tokens are not attended to. "all_keys": they are, as they were when they halted
@@ -112,6 +112,9 @@ class AdaptiveDepth(Movable, DynamicLayer):
             expect_size("max_steps", max_steps)
         if tokens and spatial:
             raise ValueError("spatial: expected rows that are tokens or positions, got both")
+        epsilon = (0.01 if halting == "act" else 0.5) if epsilon is None else epsilon
+        if not 0.0 <= epsilon <= 1.0:
+            raise ValueError(f"epsilon: expected a number in 0..1, got {epsilon}")
         if not 0.0 < prior < 1.0:
             raise ValueError(f"prior: expected a number in 0..1 (both excluded), got {prior}")
         self.num_steps: int = max_steps or len(chain)
@@ -127,7 +130,6 @@ class AdaptiveDepth(Movable, DynamicLayer):
         self.prior = prior
         self.sample = sample
         self._joint: bool = looks_across(chain, tokens, spatial, attention)
-        epsilon = (0.01 if halting == "act" else 0.5) if epsilon is None else epsilon
         self.register_buffer("epsilon", torch.tensor(float(epsilon)))
         self.costs: tuple[float, ...] = shares(costs, self.num_steps)
 
@@ -143,7 +145,7 @@ class AdaptiveDepth(Movable, DynamicLayer):
         lead, row = whole.shape[:lead_dims], whole.shape[lead_dims:]
         state = whole if self._joint else whole.reshape(lead.numel(), *row)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        bound = (1 - self.epsilon).to(dtype).expand(state.shape[: state.dim() - len(row)])
+        bound = (1 - self.epsilon.clamp(0, 1)).to(dtype).expand(state.shape[: state.dim() - len(row)])
         if self.halting == "ponder" and self.training:
             out, halting = every_step(state, bound, self.num_steps, self._step, self._rule)
             taken = torch.ones(*lead, self.num_steps, dtype=torch.bool, device=x.device)
