@@ -62,7 +62,7 @@ def build() -> EarlyExit:
 def run(quick: bool) -> Result:
     data = images(quick, SIZE)
     model = build()
-    train(model, data.train, epochs=1 if quick else 25, loss=exit_loss, rate=2e-3)
+    train(model, data.train, epochs=1 if quick else 30, loss=exit_loss)
     model.set_costs(dc.measure.exit_costs(model, data.valid[0]))
     dense, points = curve(LastExit(model), model, move, THRESHOLDS, data.test, seconds=0.3 if quick else 6.0)
     print(dc.measure.exits(model, *data.test))

@@ -17,8 +17,8 @@ from dyncore.nn import EarlyExit
 from examples.common import CLASSES, Result, curve, main, train
 from examples.early_exit_msdnet import LastExit, conv, exit_loss, images
 
-SIZE = 32
-SUBNETS = ((8, 24), (16, 24), (32, 16))  # image size, channels
+SIZE = 16
+SUBNETS = ((4, 16), (8, 32), (16, 32))  # image size, channels
 THRESHOLDS = (1.01, 0.999, 0.99, 0.97, 0.9, 0.7, 0.0)
 
 State = tuple[Tensor, Tensor]  # the image, and features [B, C, H, W] of the sub-network before
@@ -89,7 +89,7 @@ def move(model: nn.Module, threshold: float) -> None:
 def run(quick: bool) -> Result:
     data = images(quick, SIZE)
     model = build()
-    train(model, data.train, epochs=1 if quick else 8, loss=exit_loss)
+    train(model, data.train, epochs=1 if quick else 12, loss=exit_loss)
     model.set_costs(dc.measure.exit_costs(model, data.valid[0]))
     dense, points = curve(LastExit(model), model, move, THRESHOLDS, data.test, seconds=0.3 if quick else 6.0)
     print(dc.measure.exits(model, *data.test))
