@@ -91,6 +91,8 @@ class _Auditing:
         sparsity = {} if twin is None else self._sparsity(twin)
         with _countable():
             self.about["flops"] = {"now": flops(self.inputs.call, self.model)}
+        if not self.about["flops"]["now"]:
+            self.notes.append("no FLOPs were counted: the model has no matrix products, or ops that torch cannot count")
         for candidate in found:
             self._one(candidate, twin, calls.get(candidate.path), sparsity)
         for layer, runs in more:
@@ -163,7 +165,7 @@ class _Auditing:
     def _measure(self, layer: Layer, now: Run, replaced: Run) -> None:
         """FLOPs, whether both give the same numbers, and their times."""
         try:
-            want, got = first_tensor(now()), first_tensor(replaced())
+            want, got = first_tensor(_seeded(now)), first_tensor(_seeded(replaced))
             with _countable():
                 layer.flops = {"now": flops(now), "replaced": flops(replaced)}
             if want is not None and got is not None:
@@ -229,6 +231,13 @@ class _Auditing:
             self.fail(ROOT, error)
 
 
+def _seeded(run: Run) -> Any:
+    """Its result with the random state of every other run: gates may draw."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return run()
+
+
 def _in_mode(run: Run, mode: str) -> Run:
     def inside() -> Any:
         with execution(mode):
@@ -277,18 +286,25 @@ def audit(
         progress: called with what is done next.
         command: for the record.
 
-    What fails is in the audit's `errors`; everything else stands. Ctrl-C ends it, and the layers measured so far stand.
+    What torch.compile compiled runs eagerly. What fails is in the audit's `errors`; everything else stands. Ctrl-C ends
+    it, and the layers measured so far stand.
+
     Raises TypeError where `model` is no module, ValueError where `seconds` is not above 0.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if not 0 < seconds < math.inf:
         raise ValueError(f"seconds: expected a number above 0, got {seconds}")
+    compiled = getattr(model, "_orig_mod", None)
+    if isinstance(compiled, nn.Module):
+        model = compiled
     auditing = _Auditing(model, _without_cache(model, as_inputs(inputs)), seconds, progress or (lambda _: None))
+    if compiled is not None:
+        auditing.notes.append("the model is compiled: this is of the module inside, run eagerly")
     results = new_results(command)
     results["warnings"] = timing_warnings()
     interrupted = False
-    with evaluating(model):
+    with evaluating(model), torch.compiler.set_stance("force_eager"):
         try:
             auditing.run()
         except KeyboardInterrupt:

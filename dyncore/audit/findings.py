@@ -12,6 +12,7 @@ from dyncore.measure.timing import Timing
 
 SCHEMA = "dyncore.audit/1"
 _TEXTS = 2  # columns of a table that hold text
+_NOISY_ABOVE = 0.3
 PAYS = 1.05  # from this speed-up on a replacement is called a gain
 
 
@@ -60,6 +61,11 @@ class Layer:
         return self.timings["now"].median / self.timings["replaced"].median
 
     @property
+    def noisy(self) -> bool:
+        """Whether the samples of either side spread so widely that the speed-up is not to be relied on."""
+        return is_noisy(self.timings)
+
+    @property
     def loses(self) -> bool:
         """Whether it was measured not to pay."""
         return self.speedup is not None and self.speedup < PAYS
@@ -77,8 +83,14 @@ class Layer:
             **fields,
             "timings": {name: timing.record() for name, timing in self.timings.items()},
             "speedup": self.speedup,
+            "noisy": self.noisy,
             "flop_speedup": self.flop_speedup,
         }
+
+
+def is_noisy(timings: dict[str, Timing]) -> bool:
+    """Whether the samples of some spread by more than 30%, interquartile range over median."""
+    return any(timing.spread > _NOISY_ABOVE for timing in timings.values())
 
 
 def gigaflop(count: int | None) -> str:
@@ -168,7 +180,7 @@ class Audit:
             now, then = timings["now"], timings["replaced"]
             lines.append(
                 f"with all of it replaced: {gigaflop(flops['replaced'])} GFLOP, {then.median * 1e3:.2f} ms: "
-                f"{now.median / then.median:.2f}x, measured"
+                f"{now.median / then.median:.2f}x{', of samples that spread widely' * is_noisy(timings)}"
             )
         return lines
 
@@ -187,7 +199,7 @@ class Audit:
                     _share(layer.density),
                     _share(layer.break_even),
                     "-" if layer.flop_speedup is None else f"{layer.flop_speedup:.2f}x",
-                    "-" if layer.speedup is None else f"{layer.speedup:.2f}x",
+                    "-" if layer.speedup is None else f"{layer.speedup:.2f}x{'~' * layer.noisy}",
                 ]
             )
         measured = (
@@ -197,7 +209,7 @@ class Audit:
             *_aligned(rows),
             "GFLOP: of one call, 2 per multiply-add; needed: share of rows, experts or activations; break-even: from "
             f"which share on computing everything is faster, 100%: never ({measured}); FLOPs, time: speed-ups of the "
-            "layer on these inputs, counted and measured",
+            f"layer on these inputs, counted and measured; ~: samples spread by more than {_NOISY_ABOVE:.0%}",
         ]
 
     def _rest(self, layers: list[Layer]) -> list[str]:

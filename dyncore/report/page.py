@@ -33,6 +33,7 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem } dd
 summary { cursor: pointer }
 """
 _GAIN = 1.005
+_NOISY_ABOVE = 0.3
 
 
 class _Text(str):
@@ -57,8 +58,8 @@ def _table(head: Sequence[Any], rows: Sequence[Sequence[Any]], kind: str = "") -
     )
 
 
-def _times(value: float | None) -> str | None:
-    return None if value is None else f"{value:.2f}x"
+def _times(value: float | None, noisy: bool = False) -> str | None:
+    return None if value is None else f"{value:.2f}x{'~' * noisy}"
 
 
 def _list(items: Sequence[str]) -> str:
@@ -114,9 +115,8 @@ def _audit(audit: dict[str, Any]) -> str:
         now, then = r["flops"].get("now"), r["flops"].get("replaced")
         shares = [None if r[n] is None else f"{r[n]:.0%}" for n in ("density", "break_even")]
         counts = [None if n is None else n / 1e9 for n in (now, then)]
-        rows.append(
-            [_Text(r["name"]), _Text(r["what"]), *counts, *shares, _times(r["flop_speedup"]), _times(r["speedup"])]
-        )
+        speedups = [_times(r["flop_speedup"]), _times(r["speedup"], r["noisy"])]
+        rows.append([_Text(r["name"]), _Text(r["what"]), *counts, *shares, *speedups])
     parts.append(_table(head, rows))
     for title, field in (("How", "how"), ("Why not", "why_not")):
         groups: dict[str, list[str]] = {}
@@ -181,14 +181,14 @@ def _points(points: Sequence[Comparison]) -> str:
             f"{c.ms['dyncore']:.3g} ±{c.spread:.0%}",
             c.ms.get("dense"),
             _times(c.flop_speedup),
-            _times(c.speedup),
+            _times(c.speedup, c.spread > _NOISY_ABOVE),
         ]
         for c in points
     ]
     return (
         f"<details><summary>All {len(points)} points</summary>{_table(head, rows)}<p>FLOPs are 2 per multiply-add, "
         "matrix products alone, counted as executed; times are medians of interleaved rounds, ± the interquartile "
-        "range; speed-ups are over computing everything.</p></details>"
+        "range; speed-ups are over computing everything, ~ where samples spread by more than 30%.</p></details>"
     )
 
 

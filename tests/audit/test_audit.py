@@ -1,14 +1,16 @@
 """What an audit finds in models that are written as people write them."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 from torch import nn
 
-from dyncore.audit import audit
+from dyncore.audit import Layer, audit
 from dyncore.audit.loading import as_inputs, load_inputs
 from dyncore.audit.watching import row_mask, tensors
+from dyncore.measure import Timing
 from dyncore.nn import MoE, Skip
 from tests.audit import models
 
@@ -71,6 +73,15 @@ def test_what_is_measured_has_times_and_the_line_of_code(whole):
     )
     assert "model.masked.block = dyncore.nn.Skip(model.masked.block, gate" in layer(whole, "masked.block").how
     assert set(whole.model["timings"]) == {"now", "replaced"}
+
+
+def test_speed_ups_of_samples_that_spread_are_marked(whole):
+    steady, wild = Timing((100, 101, 102)), Timing((100, 200, 400))
+    found = Layer("mlp", "Linear", "relu", "an MLP", timings={"now": steady, "replaced": steady})
+    assert not found.noisy
+    shown = dataclasses.replace(whole, layers=[dataclasses.replace(found, timings={"now": steady, "replaced": wild})])
+    assert "0.51x~" in str(shown)
+    assert shown.record()["records"][0]["noisy"]
 
 
 def test_why_not_is_said(whole):
@@ -218,6 +229,27 @@ def test_a_model_without_tensors_in_its_output_is_noted():
     found = audited(Number(), torch.randn(8, 64))
     assert "the model returns float without tensors" in " ".join(found.notes)
     assert layer(found, "relu").speedup > 0
+
+
+def test_a_compiled_model_is_audited_as_the_module_inside():
+    model = torch.compile(models.Structured(), backend="eager")
+    found = audited(model, torch.randn(8, 64))
+    assert layer(found, "relu").density is not None
+    assert "the model is compiled" in " ".join(found.notes)
+
+
+def test_gates_that_draw_are_held_against_the_same_draw():
+    class Draw(nn.Module):
+        def forward(self, x):
+            return torch.rand(x.shape[0]) < 0.5
+
+    found = audited(Skip(nn.Linear(64, 64), Draw()), torch.randn(32, 64))
+    assert found.errors == []
+
+
+def test_a_model_of_which_no_flop_is_counted_says_so():
+    found = audited(nn.LayerNorm(8), torch.randn(4, 8))
+    assert "no FLOPs were counted" in " ".join(found.notes)
 
 
 def test_nothing_to_replace_is_said():
