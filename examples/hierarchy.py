@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyncore.nn import Hierarchy
-from dyncore.nn.gates import pool_spatial
 from examples import resnet
 from examples.common import Result, curve, main, train
 
@@ -23,24 +22,14 @@ BLOCKS = 2  # of each classifier
 THRESHOLDS = (0.0, 1e-4, 1e-2, 0.1, 0.5, 1.0, 2.0)
 
 
-class Classifier(nn.Module):
-    """Blocks and a linear head: features [B, WIDTH, H, W] to logits."""
-
-    def __init__(self, blocks: int, classes: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(*(resnet.Residual() for _ in range(blocks)), nn.GroupNorm(4, resnet.WIDTH), nn.ReLU())
-        self.head = nn.Linear(resnet.WIDTH, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(pool_spatial(self.body(x)))
+def classifier(blocks: int, classes: int) -> nn.Module:
+    return resnet.Classifier(nn.Sequential(*(resnet.Residual() for _ in range(blocks))), classes)
 
 
 def network() -> nn.Sequential:
     """A convolution, and the hierarchy on its features."""
-    fine = [Classifier(BLOCKS, len(group)) for group in GROUPS]
-    return nn.Sequential(
-        nn.Conv2d(1, resnet.WIDTH, 3, stride=2, padding=1), Hierarchy(Classifier(1, len(GROUPS)), fine, GROUPS)
-    )
+    fine = [classifier(BLOCKS, len(group)) for group in GROUPS]
+    return nn.Sequential(resnet.stem(), Hierarchy(classifier(1, len(GROUPS)), fine, GROUPS))
 
 
 def loss(model: nn.Sequential, x: Tensor, y: Tensor) -> Tensor:
