@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "bindings/attention.h"
 #include "bindings/cuda.h"
 #include "bindings/plan.h"
 #include "bindings/sparse.h"
@@ -20,7 +21,7 @@ namespace {
 
 // To be raised, here and in dyncore/backends/cpu.py, with every change to what these functions take or give: a module
 // that was built from other sources is then refused when it is imported, and does not fail within a call.
-constexpr int kInterface = 0;
+constexpr int kInterface = 1;
 
 // Checks the plan and runs the kernel, both without the GIL.
 template <class Op>
@@ -392,6 +393,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("grouped_mlp_fits", &grouped_mlp_fits);
   m.def("grouped_mlp_backward", &grouped_mlp_backward);
   m.def("tree_route", &tree_route);
+  define_attention(m);
   define_sparse(m);
 #if defined(DYNCORE_WITH_CUDA)
   define_cuda(m);

@@ -128,6 +128,46 @@ struct TreeRoute {
   int threads;
 };
 
+// [B, heads, N, D]; the elements of D lie side by side.
+struct Heads {
+  void* data;  // null where absent
+  int64_t stride_b, stride_h, stride_n;
+};
+
+// Which pairs of queries and keys count: of the keys, in this order, a prefix for each query (attention_order.h).
+struct AttentionOrder {
+  const int32_t* keys;          // [B, M]: live keys by position, then those that are not live
+  const int32_t* key_counts;    // [B]: how many are live
+  const int32_t* queries;       // [B, N]: those that attend to any key, by how many, most first; then the others
+  const int32_t* query_counts;  // [B]: how many attend to any
+  const int32_t* limits;        // [B, N]: queries[b][i] attends to keys[b][0 ... limits[b][i])
+};
+
+// softmax(scale q k^T + bias) v over the pairs that count; 0 for a query that has none.
+struct Attention {
+  Dtype dtype;
+  int64_t batch, heads, kv_heads, queries, keys, d, e;
+  Heads q, k, v;
+  const float* bias;  // [B, M] or null
+  AttentionOrder order;
+  float scale;
+  Heads out;         // [B, heads, N, E]
+  float* logarithm;  // [B, heads, N]: log2 of the softmax's denominator; infinity for a query that has no pair
+  int threads;
+};
+
+struct AttentionBackward {
+  Dtype dtype;
+  int64_t batch, heads, kv_heads, queries, keys, d, e;
+  Heads grad, q, k, v, out;
+  const float* bias;
+  const float* logarithm;
+  AttentionOrder order;
+  float scale;
+  Heads dq, dk, dv;  // in the shapes of q, k and v; data are null where a gradient is not asked for
+  int threads;
+};
+
 // out = h weight^T + bias without the products of h's zeros. A row of whose elements more than dense_from (a share) are
 // not 0 may get a dense product, in which its zeros meet the weights.
 struct SparseLinear {
@@ -215,6 +255,8 @@ struct Kernels {
   void (*grouped_mlp)(const GroupedMlp&);
   void (*grouped_mlp_backward)(const GroupedMlpBackward&);
   void (*tree_route)(const TreeRoute&);
+  void (*attention)(const Attention&);
+  void (*attention_backward)(const AttentionBackward&);
   void (*sparse_linear)(const SparseLinear&);
   void (*sparse_linear_backward)(const SparseLinearBackward&);
   void (*sparse_mlp)(const SparseMlp&);

@@ -13,6 +13,8 @@ void grouped_linear_backward(const GroupedLinearBackward&);
 void grouped_mlp(const GroupedMlp&);
 void grouped_mlp_backward(const GroupedMlpBackward&);
 void tree_route(const TreeRoute&);
+void attention(const Attention&);
+void attention_backward(const AttentionBackward&);
 void sparse_linear(const SparseLinear&);
 void sparse_linear_backward(const SparseLinearBackward&);
 void sparse_mlp(const SparseMlp&);
@@ -33,6 +35,8 @@ const Kernels& table() {
                                grouped_mlp,
                                grouped_mlp_backward,
                                tree_route,
+                               attention,
+                               attention_backward,
                                sparse_linear,
                                sparse_linear_backward,
                                sparse_mlp,

@@ -23,6 +23,7 @@ int main(int argc, char** argv) {
                         {"sparse_linear", test_sparse_linear},
                         {"sparse_mlp", test_sparse_mlp},
                         {"tree_route", test_tree_route},
+                        {"attention", test_attention},
 #if defined(DYNCORE_CUDA_ON_HOST)
                         {"cuda plans", test_cuda_plans},
                         {"cuda rows", test_cuda_rows},

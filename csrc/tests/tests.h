@@ -15,6 +15,7 @@ void test_compressed();
 void test_sparse_linear();
 void test_sparse_mlp();
 void test_tree_route();
+void test_attention();
 void test_cuda_plans();
 void test_cuda_rows();
 void test_concurrent_calls();

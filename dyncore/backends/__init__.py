@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import torch
 
-from dyncore.backends import cpu, cpu_sparse, cuda, meta, reference
+from dyncore.backends import cpu, cpu_attention, cpu_sparse, cuda, meta, reference
 
 _PLAN = "Tensor rows, Tensor offsets, Tensor? scale, Tensor row_offsets, Tensor row_slots"
+_PAIRS = (
+    "Tensor? q_positions, Tensor? k_positions, Tensor? q_live, Tensor? k_live, Tensor? bias, bool causal, float scale"
+)
 
 SCHEMAS = {
     # mask [T, G], or [T]: one group. sources: the flat index into the mask of each slot, 0 for padding
@@ -40,6 +43,11 @@ SCHEMAS = {
     f"Tensor pre, {_PLAN}, str activation, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # weight [2^depth - 1, D]: the nodes of a tree in heap order; int32 leaves of the rows x [T, D]
     "tree_route": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    # heads [B, heads, tokens, width], int32 positions, bool marks, bias [B, M] in float32: the result, and log2 of each
+    # query's denominator [B, heads, N]
+    "attention": f"(Tensor q, Tensor k, Tensor v, {_PAIRS}) -> (Tensor, Tensor)",
+    "attention_backward": f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logarithm, {_PAIRS}, "
+    "bool[] needs) -> (Tensor, Tensor, Tensor)",
     # h [T, I], weight [N, I] of any strides. dense_from: the density of non-zeros from which products are dense
     "sparse_linear": "(Tensor h, Tensor weight, Tensor? bias, float dense_from) -> Tensor",
     "sparse_linear_backward": "(Tensor grad, Tensor h, Tensor weight, float dense_from, bool[] needs) "
@@ -57,9 +65,11 @@ SCHEMAS = {
 
 _library = torch.library.Library("dyncore", "DEF")
 
+_CPU = {"sparse": cpu_sparse, "attention": cpu_attention}
+
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
-    _library.impl(_name, getattr(cpu_sparse if _name.startswith("sparse") else cpu, _name), "CPU")
+    _library.impl(_name, getattr(_CPU.get(_name.split("_")[0], cpu), _name), "CPU")
     _library.impl(_name, getattr(cuda, _name, None) or cuda.elsewhere(_name), "CUDA")
     _library.impl(_name, getattr(meta, _name), "Meta")

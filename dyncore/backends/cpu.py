@@ -22,7 +22,7 @@ from dyncore import activations
 from dyncore.backends import reference, torch_matmul
 from dyncore.break_even import torch_is_faster
 
-INTERFACE = 0  # of dyncore._C, as csrc/bindings/module.cpp has it
+INTERFACE = 1  # of dyncore._C, as csrc/bindings/module.cpp has it
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 

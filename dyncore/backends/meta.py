@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dyncore import activations
 from dyncore.backends.cpu import panels_shape
+from dyncore.backends.reference.attention import by_token
 
 
 def _plan(like: Tensor, num_rows: int, num_groups: int, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -182,6 +183,30 @@ def grouped_mlp_backward(
 
 def tree_route(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], dtype=torch.int32)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return by_token(q, q.shape[0], q.shape[1], q.shape[2], v.shape[3]), q.new_empty(q.shape[:3], dtype=wide)
+
+
+def attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logarithm: Tensor,
+    q_positions: Tensor | None,
+    k_positions: Tensor | None,
+    q_live: Tensor | None,
+    k_live: Tensor | None,
+    bias: Tensor | None,
+    causal: bool,
+    scale: float,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    return tuple(by_token(q, *t.shape) if need else q.new_empty(0) for t, need in zip((q, k, v), needs, strict=True))
 
 
 def sparse_linear(h: Tensor, weight: Tensor, *others: object) -> Tensor:

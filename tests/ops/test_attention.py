@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import dyncore as dc
+from dyncore.backends import cpu, reference
+from dyncore.ops.attention import _Attention
 from tests.support import assert_gradients, assert_values
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -40,19 +42,21 @@ CASES = {
     "live_bidirectional": (40, 33, 2, False, False, True),
     "unsorted": (30, 41, 2, "unsorted", True, True),
     "one_query": (1, 65, 2, "queries", True, False),
-    "nothing_before": (5, 7, H, "late", True, False),
+    "nothing_before": (20, 40, H, "late", True, False),
+    "blocks": (140, 270, 2, "unsorted", True, True),
 }
 
 
 def problem(case, dtype=torch.float64):
     queries, keys, kv_heads, places, causal, marks = CASES[case]
     q = torch.randn(B, H, queries, D).to(dtype).requires_grad_()
-    k, v = (torch.randn(B, kv_heads, keys, width).to(dtype).requires_grad_() for width in (D, D))
+    k, v = (torch.randn(B, kv_heads, keys, width).to(dtype).requires_grad_() for width in (D, D + 3))
     options = {"causal": causal}
     at, where = torch.arange(queries).expand(B, -1), torch.arange(keys).expand(B, -1)
     if places:
-        at = some(B, queries, 150 if keys == queries else keys if places == "queries" else 150)
-        where = at if places == "same" else where if places == "queries" else some(B, keys, 150)
+        length = max(150, keys)
+        at = some(B, queries, keys if places == "queries" else length)
+        where = at if places == "same" else where if places == "queries" else some(B, keys, length)
         if places == "late":
             where = where + 75
             at = at.clamp(max=100)
@@ -159,6 +163,105 @@ def test_a_change_to_a_later_key_changes_nothing_before():
     assert not torch.equal(after, before)
 
 
+def marks_of(options):
+    """The op's arguments after q, k and v."""
+    names = ("q_positions", "k_positions", "q_live", "k_live")
+    positions = [options.get(name) for name in names]
+    return *(t.int() if t is not None and t.dtype != torch.bool else t for t in positions), None, options["causal"], 0.3
+
+
+@pytest.mark.parametrize("case", ["blocks", "all_keys", "live_bidirectional"])
+def test_the_reference_has_the_gradients_of_its_values(case):
+    inputs, options, _ = problem(case)
+    few = [t.detach()[:1, :2, :6].requires_grad_() for t in inputs]
+    marks = tuple(t[:1, :6].contiguous() if isinstance(t, torch.Tensor) else t for t in marks_of(options))
+    assert torch.autograd.gradcheck(lambda *t: _Attention.apply(*t, *marks), few, fast_mode=True)
+
+
+@pytest.mark.skipif(not cpu.available, reason="needs the C++ kernels")
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_threads_and_instruction_sets(dtype):
+    inputs, options, _ = problem("blocks", dtype)
+    marks, grad = marks_of(options), torch.randn(B, H, 140, D + 3).to(dtype)
+
+    def run():
+        out, logarithm = torch.ops.dyncore.attention(*(t.detach() for t in inputs), *marks)
+        return out, logarithm, *torch.ops.dyncore.attention_backward(grad, *inputs, out, logarithm, *marks, [True] * 3)
+
+    want, _ = reference.attention(*inputs, *marks)
+    threads, isa = torch.get_num_threads(), cpu.isa()
+    try:
+        for name in cpu.native.supported_isas():
+            cpu.native.select_isa(name)
+            torch.set_num_threads(1)
+            first = run()
+            assert_values(first[0], want)
+            for count in (2, 3):
+                torch.set_num_threads(count)
+                assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True)), f"{name}, {count} threads"
+    finally:
+        torch.set_num_threads(threads)
+        cpu.native.select_isa(isa)
+
+
+def test_any_strides_and_gradients_that_are_asked_for():
+    (q, k, v), options, _ = problem("both", torch.float32)
+    want = dc.attention(q, k, v, **options)
+    grad = torch.randn(B, 1, 1, D + 3).expand(want.shape)
+    wanted = torch.autograd.grad(want, (q, k, v), grad)
+    odd = [t.detach().mT.contiguous().mT.requires_grad_() for t in (q, k, v)]
+    odd[1] = torch.cat([odd[1].detach()] * 2, -1)[..., :D].requires_grad_()
+    out = dc.attention(
+        *odd, **{name: t.repeat_interleave(2, 1)[:, ::2] if name != "causal" else t for name, t in options.items()}
+    )
+    assert torch.equal(out, want)
+    for leaf, w in zip(odd, wanted, strict=True):
+        assert torch.equal(torch.autograd.grad(out, leaf, grad, retain_graph=True)[0], w)
+
+
+def test_large_scores_and_many_equal_ones():
+    q, k, v = (torch.randn(1, 2, 40, D) for _ in range(3))
+    want = oracle_of_equals(100 * q, k, v)
+    assert_values(dc.attention(100 * q, k, v, causal=False), want)
+    many = torch.ones(1, 1, 20000, D)
+    assert_values(dc.attention(q[:, :1], many, many, causal=False), torch.ones(1, 1, 40, D))
+
+
+def oracle_of_equals(q, k, v):
+    return (D**-0.5 * q.double() @ k.double().mT).softmax(-1) @ v.double()
+
+
+def test_flops_are_those_of_the_pairs_that_count():
+    for case in ("both", "blocks", "live_bidirectional", "all"):
+        inputs, options, pairs = problem(case, torch.float32)
+        forward = 2 * H * int(pairs.sum()) * (2 * D + 3)
+        with dc.execution("sparse"):
+            assert dc.measure.flops(lambda: dc.attention(*(t.detach() for t in inputs), **options)) == forward  # noqa: B023
+            both = dc.measure.flops(lambda: dc.attention(*inputs, **options).sum().backward())  # noqa: B023
+        assert both - forward == 2 * H * int(pairs.sum()) * (3 * D + 2 * (D + 3))
+
+
+def test_the_op_is_well_registered():
+    inputs, options, _ = problem("both", torch.float32)
+    marks, (q, k, v) = marks_of(options), (t.detach() for t in inputs)
+    torch.library.opcheck(torch.ops.dyncore.attention.default, (q, k, v, *marks))
+    out, logarithm = torch.ops.dyncore.attention(q, k, v, *marks)
+    for needs in ([True] * 3, [False, True, False]):
+        arguments = (torch.randn_like(out), q, k, v, out, logarithm, *marks, needs)
+        torch.library.opcheck(torch.ops.dyncore.attention_backward.default, arguments)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_function_transforms():
+    (q, k, v), options, _ = problem("both", torch.float32)
+    loss = lambda q: dc.attention(q, k, v, **options).square().sum()  # noqa: E731
+    want = torch.autograd.grad(loss(q), q)[0]
+    assert torch.equal(torch.func.grad(loss)(q), want)
+    stacked = torch.stack([q.detach(), 2 * q.detach()])
+    mapped = torch.func.vmap(lambda q: dc.attention(q, k, v, **options))(stacked)
+    assert_values(mapped[1], dc.attention(2 * q, k, v, **options))
+
+
 BAD_CALLS = [
     (lambda q, k, v: dc.attention([1.0], k, v), TypeError, "q: expected a Tensor, got list"),
     (lambda q, k, v: dc.attention(q[0], k, v), ValueError, "q: expected shape [B, heads, N, D], got [4, 13, 16]"),
@@ -182,3 +285,25 @@ def test_bad_calls_name_the_argument(call, kind, message):
     with pytest.raises(kind) as error:
         call(*(torch.randn(B, H, 13, D) for _ in range(3)))
     assert message in str(error.value)
+
+
+@pytest.mark.skipif(not cpu.available, reason="needs the C++ kernels")
+def test_the_bindings_refuse_what_would_lead_outside():
+    (q, k, v), options, _ = problem("both", torch.float32)
+    *marks, causal, scale = marks_of(options)
+    at, places, *others = marks
+    out, logarithm = torch.empty(B, H, 70, D + 3), torch.empty(B, H, 70)
+    for bad in (
+        (q, k[:, :, 1:], v, at, places),
+        (q, k[..., 1:], v, at, places),
+        (q, k, v, at[:, 1:], places),
+        (q, k, v, at, places[0]),
+        (q[:, :3], k, v, at, places),
+        (q[:1], k, v, at, places),
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            cpu.native.attention(*bad, *others, causal, scale, out, logarithm, 1)
+    with pytest.raises(TypeError, match="q_positions: expected"):
+        cpu.native.attention(q, k, v, at.long(), places, *others, causal, scale, out, logarithm, 1)
+    with pytest.raises(ValueError, match="out: expected"):
+        cpu.native.attention(q, k, v, at, places, *others, causal, scale, out.mT, logarithm, 1)

@@ -5,6 +5,7 @@ float16 and bfloat16 are computed in float32 and rounded once. Shapes: T rows, A
 `rows` [A], `offsets` [G+1], `scale` [A] or None, `row_offsets` [T+1], `row_slots` [A].
 """
 
+from dyncore.backends.reference.attention import attention, attention_backward
 from dyncore.backends.reference.common import check_plan, groups_of
 from dyncore.backends.reference.grouped import (
     gather_rows,
@@ -37,6 +38,8 @@ from dyncore.backends.reference.sparse import (
 from dyncore.backends.reference.trees import tree_route
 
 __all__ = [
+    "attention",
+    "attention_backward",
     "check_capacity",
     "check_experts",
     "check_plan",
