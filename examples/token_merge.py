@@ -31,7 +31,7 @@ class Merging(nn.Module):
             x = layer(x, sizes=sizes)
             if i < DEPTH - 1:
                 x, sizes, _ = self.merges[i].merge(x, sizes)  # type: ignore[operator]
-        return self.vit.head(self.vit.norm(x[:, 0]))
+        return self.vit.read(x, sizes)
 
 
 def move(model: nn.Module, share: float) -> None:

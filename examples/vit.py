@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyncore.nn import TransformerBlock
@@ -13,7 +12,7 @@ from examples.common import Split, digits
 
 SIZE, PATCH = 32, 4
 WIDTH, HEADS, DEPTH = 96, 4, 4
-EPOCHS = 12
+EPOCHS = 16
 
 
 def images(quick: bool) -> tuple[Split, int]:
@@ -31,21 +30,21 @@ def block(index: int = 0) -> TransformerBlock:
 
 
 class Vit(nn.Module):
-    """Patches, position embeddings, `DEPTH` blocks made by `layer`, a linear head on the class token."""
+    """Patches by two convolutions, `DEPTH` blocks made by `layer`, a linear head on the mean of the tokens left."""
 
     def __init__(self, layer: Callable[[int], nn.Module] = block) -> None:
         super().__init__()
-        self.embed = nn.Linear(PATCH * PATCH, WIDTH)
-        self.first = nn.Parameter(torch.randn(WIDTH) * 0.02)
-        self.position = nn.Parameter(torch.randn((SIZE // PATCH) ** 2, WIDTH) * 0.02)
+        half = nn.Conv2d(1, WIDTH // 4, 3, stride=2, padding=1)
+        self.embed = nn.Sequential(half, nn.GELU(), nn.Conv2d(WIDTH // 4, WIDTH, 3, stride=2, padding=1))
+        self.first = nn.Parameter(torch.randn(WIDTH) * 0.3)
+        self.position = nn.Parameter(torch.randn((SIZE // PATCH) ** 2, WIDTH) * 0.3)  # as large as what is seen
         self.blocks = nn.ModuleList(layer(i) for i in range(DEPTH))
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, 10)
 
     def tokens(self, images: Tensor) -> Tensor:
         """[B, 1 + 64, WIDTH] of images [B, 1, 32, 32]."""
-        patches = F.unfold(images, PATCH, stride=PATCH).transpose(1, 2)
-        x = self.embed(patches) + self.position
+        x = self.embed(images).flatten(2).transpose(1, 2) + self.position
         return torch.cat([self.first.expand(len(x), 1, WIDTH), x], dim=1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -53,4 +52,9 @@ class Vit(nn.Module):
         x = self.tokens(images)
         for layer in self.blocks:
             x = layer(x)
-        return self.head(self.norm(x[:, 0]))
+        return self.read(x)
+
+    def read(self, x: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """Logits [B, 10] of tokens [B, N, WIDTH], which stand for `sizes` [B, N] tokens each (1 if None)."""
+        x = self.norm(x)
+        return self.head(x.mean(1) if sizes is None else (x * sizes[..., None]).sum(1) / sizes.sum(1, keepdim=True))
