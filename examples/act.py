@@ -15,7 +15,7 @@ from dyncore.nn.gates import pool_spatial
 from examples import resnet
 from examples.common import Result, curve, main, train
 
-PRICE = 0.02  # of one step
+PRICE = 0.1  # of one step
 EPSILONS = (0.0, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 
 
