@@ -23,10 +23,10 @@ _backward = torch.ops.dyncore.attention_backward.default
 
 # From so many queries on the kernel is faster than torch's attention, where something is left out and where nothing
 # is. 32 stand in its lanes together: with fewer it does the work of 32. Measured on Zen 4 with 2 threads in float32,
-# forward and with backward: 32 of 2048 tokens 1.14 and 1.03 times faster than with a mask; all of 128 tokens 1.28 and
-# 1.18, of 64 tokens 0.92 and 0.87. In bfloat16 it is 1.5 to 4 times faster at all of these.
-_FEWEST_SELECTED = 32
-_FEWEST_OF_ALL = 96
+# forward (and with backward): with inputs that change, 32 of 2048 tokens take 0.86 times a mask's speed, 128 of 2048
+# 1.48 (1.43); all of 128 tokens 1.02 (0.89) times is_causal's, of 512 1.87 (1.74). In bfloat16 the gain is larger.
+_FEWEST_SELECTED = 64
+_FEWEST_OF_ALL = 192
 
 
 def _pairs(q: Tensor, k: Tensor, marks: tuple[Any, ...]) -> int:
