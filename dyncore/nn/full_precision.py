@@ -20,14 +20,17 @@ _level_of_functorch = torch._C._functorch.maybe_current_level  # pyright: ignore
 def full_precision(layer: Callable[[Tensor], Tensor], x: Tensor, name: str = "score") -> Tensor:
     """layer(x) in at least float32 whatever autocast says: a score decides, so its rounding must not.
 
-    Raises ValueError, about `name`, where the layer is a Linear (or begins with one) of another width than x.
+    Raises ValueError, about `name`, where the layer is a Linear, or a Sequential that begins with one, of another width
+    than x.
     """
-    first = layer[0] if isinstance(layer, nn.Sequential) and len(layer) else layer
-    if isinstance(first, nn.Linear) and x.shape[-1:] != (first.in_features,):
+    first: object = layer
+    if isinstance(layer, nn.Sequential) and layer.__class__ is nn.Sequential and len(layer):
+        first = layer[0]
+    if isinstance(first, nn.Linear) and first.__class__ is nn.Linear and x.shape[-1:] != (first.in_features,):
         raise ValueError(f"{name}: expected rows of its width {first.in_features}, got shape {list(x.shape)}")
     wide = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear) and not isinstance(layer, nn.LazyLinear):
             if _widens(x, layer.weight):
                 return _widened(x, layer.weight, layer.bias)
             bias = None if layer.bias is None else layer.bias.to(wide)

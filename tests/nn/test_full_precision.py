@@ -80,6 +80,22 @@ def test_only_plain_tensors_of_a_capable_device_take_one_product(monkeypatch):
     assert not module._widens(x, weight)
 
 
+def test_scores_that_take_their_width_from_their_input_are_computed():
+    class Halves(torch.nn.Sequential):
+        def forward(self, x):
+            return super().forward(x[..., :4])
+
+    x = torch.randn(3, 8)
+    for layer in (
+        torch.nn.LazyLinear(1),
+        torch.nn.Sequential(torch.nn.LazyLinear(4), torch.nn.ReLU(), torch.nn.Linear(4, 1)),
+        Halves(torch.nn.Linear(4, 1)),
+    ):
+        got = full_precision(layer, x)
+        assert torch.equal(got, layer(x))
+        assert got.shape == (3, 1)
+
+
 def test_a_machine_without_cuda_takes_casts():
     if not torch.cuda.is_available():
         assert not module._device_widens(0)
