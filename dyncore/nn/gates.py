@@ -65,9 +65,24 @@ def _logistic(like: Tensor) -> Tensor:
 
 
 def _expect_number(name: str, value: object) -> float:
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+    """A number (an infinite one, too), or a tensor of no dimensions that holds one."""
+    if isinstance(value, Tensor):
+        is_number = value.dim() == 0 and not value.is_meta and value.dtype != torch.bool and not value.is_complex()
+    else:
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    return float(value)
+    number = float(value.item() if isinstance(value, Tensor) else value)  # type: ignore[arg-type]
+    if math.isnan(number):
+        raise ValueError(f"{name}: expected a number, got nan")
+    return number
+
+
+def _expect_temperature(value: object) -> float:
+    number = _expect_number("temperature", value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"temperature: expected a finite number > 0, got {number}")
+    return number
 
 
 class Capacity:
@@ -213,9 +228,7 @@ class GumbelGate(ThresholdGate):
         pool: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(score, threshold, weight=weight, pool=pool)
-        if not _expect_number("temperature", temperature) > 0:
-            raise ValueError(f"temperature: expected a number > 0, got {temperature}")
-        self.register_buffer("temperature", torch.tensor(float(temperature)))
+        self.register_buffer("temperature", torch.tensor(_expect_temperature(temperature)))
 
     def forward(self, x: Tensor) -> Decision:
         """The decision on the rows of x [..., D]."""
@@ -256,12 +269,10 @@ class HardConcreteGate(ThresholdGate):
         pool: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(score, threshold, weight=weight, pool=pool)
-        if not temperature > 0:
-            raise ValueError(f"temperature: expected a number > 0, got {temperature}")
         if not stretch[0] < 0 < 1 < stretch[1]:
             raise ValueError(f"stretch: expected (a, b) with a < 0 and b > 1, got {stretch}")
         self.stretch = stretch
-        self.register_buffer("temperature", torch.tensor(float(temperature)))
+        self.register_buffer("temperature", torch.tensor(_expect_temperature(temperature)))
 
     def forward(self, x: Tensor) -> Decision:
         """The decision on the rows of x [..., D]."""
@@ -335,7 +346,7 @@ class _Choosing(Movable):
         self.num_choices = num_choices
         self.exit = exit
         self.pool = pool
-        self.register_buffer("threshold", torch.tensor(float(threshold)))
+        self.register_buffer("threshold", torch.tensor(_expect_number("threshold", threshold)))
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits [..., G] of each row (one more with an exit), in float32 or wider."""
@@ -377,10 +388,8 @@ class ChoiceGate(_Choosing):
         pool: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(score, num_choices, threshold, pool, exit)
-        if not temperature > 0:
-            raise ValueError(f"temperature: expected a number > 0, got {temperature}")
         self.weight: str = expect_choice("weight", weight, ("hard", "soft"))
-        self.register_buffer("temperature", torch.tensor(float(temperature)))
+        self.register_buffer("temperature", torch.tensor(_expect_temperature(temperature)))
 
     def forward(self, x: Tensor) -> Choices:
         """The choice for the rows of x [..., D]."""

@@ -12,6 +12,19 @@ def probabilities(gate, x):
     return torch.sigmoid(nn.functional.linear(x, gate.score.weight, gate.score.bias))[..., 0]
 
 
+@pytest.mark.parametrize("number", [torch.tensor(0.25), nn.Parameter(torch.tensor(0.25)), torch.tensor(1)], ids=str)
+def test_thresholds_and_temperatures_may_be_tensors_of_no_dimensions(number):
+    for gate in (
+        dc.nn.GumbelGate(D, number, number),
+        dc.nn.HardConcreteGate(D, number, number),
+        dc.nn.ChoiceGate(D, 2, number, number),
+    ):
+        for buffer in (gate.threshold, gate.temperature):
+            assert float(buffer) == number.item()
+            assert buffer.dtype == torch.float32
+            assert not buffer.requires_grad
+
+
 def test_threshold_opens_above_it_with_the_probability_as_scale():
     gate, x = dc.nn.ThresholdGate(D, 0.6), torch.randn(3, 50, D)
     mask, scale, count = gate(x)
@@ -236,15 +249,15 @@ def test_scores_are_float32_under_autocast_and_in_half_precision():
     [
         (lambda: dc.nn.ThresholdGate("16"), TypeError, "score: expected a width .* got str"),
         (lambda: dc.nn.ThresholdGate(D, weight="x"), ValueError, "weight: expected one of hard, soft, none, got 'x'"),
-        (lambda: dc.nn.GumbelGate(D, 0.0), ValueError, "temperature: expected a number > 0, got 0.0"),
+        (lambda: dc.nn.GumbelGate(D, 0.0), ValueError, "temperature: expected a finite number > 0, got 0.0"),
         (lambda: dc.nn.TopKGate(D, 1.5), ValueError, "capacity: expected a float ratio in 0..1 .* got 1.5"),
         (lambda: dc.nn.TopKGate(D, float("nan")), ValueError, "capacity: expected a float ratio in 0..1 .* got nan"),
         (lambda: dc.nn.TopKGate(D, -1), ValueError, "capacity: expected .* an int count >= 0, got -1"),
         (lambda: dc.nn.TopKGate(D, True), TypeError, "capacity: expected a float ratio or an int count, got bool"),
-        (lambda: dc.nn.HardConcreteGate(D, 0.0), ValueError, "temperature: expected a number > 0, got 0.0"),
+        (lambda: dc.nn.HardConcreteGate(D, 0.0), ValueError, "temperature: expected a finite number > 0, got 0.0"),
         (lambda: dc.nn.HardConcreteGate(D, stretch=(0.0, 1.1)), ValueError, r"stretch: expected \(a, b\) with a < 0"),
         (lambda: dc.nn.ChoiceGate(D, 0), ValueError, "num_choices: expected an int >= 1, got 0"),
-        (lambda: dc.nn.ChoiceGate(D, 2, -1.0), ValueError, "temperature: expected a number > 0, got -1.0"),
+        (lambda: dc.nn.ChoiceGate(D, 2, -1.0), ValueError, "temperature: expected a finite number > 0, got -1.0"),
         (lambda: dc.nn.ChoiceGate(D, 2, weight="none"), ValueError, "weight: expected one of hard, soft, got 'none'"),
         (
             lambda: dc.nn.ChoiceGate(nn.Linear(D, 2), 2, exit=True)(torch.randn(4, D)),
@@ -258,6 +271,12 @@ def test_scores_are_float32_under_autocast_and_in_half_precision():
             r"score: expected logits \[..., 1\] or \[..., 2\], got shape \[4, 3\]",
         ),
         (lambda: dc.nn.ThresholdGate(D, "0.5"), TypeError, "threshold: expected a number, got str"),
+        (lambda: dc.nn.ThresholdGate(D, float("nan")), ValueError, "threshold: expected a number, got nan"),
+        (lambda: dc.nn.GumbelGate(D, float("inf")), ValueError, "temperature: expected a finite number > 0, got inf"),
+        (lambda: dc.nn.HardConcreteGate(D, "a"), TypeError, "temperature: expected a number, got str"),
+        (lambda: dc.nn.ChoiceGate(D, 2, "a"), TypeError, "temperature: expected a number, got str"),
+        (lambda: dc.nn.RectifiedGate(D, 2, "a"), TypeError, "threshold: expected a number, got str"),
+        (lambda: dc.nn.ThresholdGate(D, torch.tensor(True)), TypeError, "threshold: expected a number, got Tensor"),
         (lambda: dc.nn.StraightThroughGate(D, None), TypeError, "threshold: expected a number, got NoneType"),
         (lambda: dc.nn.GumbelGate(D, torch.ones(2)), TypeError, "temperature: expected a number, got Tensor"),
         (
