@@ -6,23 +6,35 @@ from typing import Any
 
 from torch import nn
 
-from dyncore.nn.experts import activation_name
+from dyncore.nn.experts import activation_name, kind_of
 
 _NAMES = ("act_fn", "act", "activation", "activation_fn", "intermediate_act_fn")
 _EXPERTS = ("is_concatenated", "is_transposed", "has_bias", "has_gate")  # as transformers marks a class of experts
-_WITH_ZEROS = ("relu", "relu2", "reglu")
+_SKIPPED = ("relu", "relu2", "reglu")  # whose zeros are
+_OTHERS_WITH_ZEROS = ("hardshrink", "hardsigmoid", "hardswish", "relu6", "softshrink", "threshold")
 
 
 def activations_of(model: nn.Module) -> list[str]:
     """The names of the activations that a model's modules are, or hold under the usual names, in alphabetical order."""
     found: set[str] = set()
     for module in model.modules():
-        for act in (module, *(getattr(module, name, None) for name in _NAMES)):
+        for act in (module, *(_held(module, name) for name in _NAMES)):
+            kind = act.lower() if isinstance(act, str) else kind_of(act)
+            if kind in _OTHERS_WITH_ZEROS:
+                found.add(kind)
+                continue
             try:
                 found.add(activation_name(act, ""))
             except ValueError:  # is none, or none that has a name here
                 continue
     return sorted(found)
+
+
+def _held(module: nn.Module, name: str) -> object:
+    try:
+        return getattr(module, name, None)
+    except Exception:  # a property of the module's own, which a report must outlive
+        return None
 
 
 def advice(model: nn.Module) -> str:
@@ -35,9 +47,12 @@ def advice(model: nn.Module) -> str:
             'model.set_experts_implementation("dyncore")'
         )
     found = activations_of(model)
-    if found and not any(name in _WITH_ZEROS for name in found):  # a forward may call F.relu, where nothing shows
+    if found and not any(name in _SKIPPED for name in found):  # a forward may call F.relu, where nothing shows
+        zeros = [name for name in found if name in _OTHERS_WITH_ZEROS]
+        told = f"the zeros of {' and '.join(zeros)} are not skipped" if zeros else "none of these makes zeros"
+        seen = f"{'no activation whose zeros are skipped' if zeros else 'no ReLU'} found"
         lines.append(
-            f"no ReLU found (activations found: {', '.join(found)}): nothing else makes zeros. Rows can be skipped, by "
-            "nn.Skip, nn.TokenSkip and nn.MixtureOfDepths"
+            f"{seen} (activations found: {', '.join(found)}): {told}. Rows can be skipped, by nn.Skip, nn.TokenSkip "
+            "and nn.MixtureOfDepths"
         )
     return "\n".join(lines)

@@ -31,6 +31,14 @@ _NAMES = (
 )
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _PASSED = (nn.Linear, nn.Identity, *DROPOUTS)  # children that are no activation
+# The whole names only: QuickGELU and Hardswish are other functions than GELU and swish.
+_KINDS = {
+    "relu": ("relu",),
+    "relu2": ("relu2", "relusquared", "squaredrelu"),
+    "gelu": ("gelu",),
+    "gelu_tanh": ("gelutanh", "pytorchgelutanh", "gelupytorchtanh", "newgelu", "gelunew"),
+    "silu": ("silu", "swish", "swishme", "memoryefficientswish"),
+}
 _GATED_BY = {gate: gated for gated, gate in activations.GATED.items()}
 
 
@@ -44,20 +52,22 @@ class ExpertWeights(NamedTuple):
     activation: str
 
 
+def kind_of(act: object) -> str:
+    """Its bare name: "quickgelu" of a QuickGELUActivation or quick_gelu."""
+    kind = type(act).__name__ if isinstance(act, nn.Module) else getattr(act, "__name__", "")
+    return str(kind).lower().replace("_", "").removesuffix("activation")
+
+
 def activation_name(act: object, name: str) -> str:
     """The name of an activation: a module, a function or its name. ValueError, about `name`, on any other."""
     if isinstance(act, str) and act in ACTIVATIONS:
         return act
-    kind = type(act).__name__.lower() if isinstance(act, nn.Module) else getattr(act, "__name__", "").lower()
-    tanh = "tanh" in kind or kind in ("newgelu", "newgeluactivation") or getattr(act, "approximate", "") == "tanh"
-    if "gelu" in kind:
-        return "gelu_tanh" if tanh else "gelu"
-    if "silu" in kind or "swish" in kind:
-        return "silu"
-    if "relu2" in kind or "squared" in kind:
-        return "relu2"
-    if kind in ("relu", "relu_"):
-        return "relu"
+    kind = kind_of(act)
+    if kind == "gelu" and getattr(act, "approximate", "") == "tanh":
+        return "gelu_tanh"
+    for known, kinds in _KINDS.items():
+        if kind in kinds:
+            return known
     raise ValueError(f"{name}: expected one of the activations {', '.join(ACTIVATIONS)}, got {kind or act!r}")
 
 

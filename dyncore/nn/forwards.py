@@ -83,7 +83,9 @@ def name_of(activation: object) -> str:
 
 
 def is_activation(module: nn.Module) -> bool:
-    return type(module).__module__ == "torch.nn.modules.activation" or name_of(module) != type(module).__name__
+    if type(module).__module__ == "torch.nn.modules.activation" or name_of(module) != type(module).__name__:
+        return True
+    return any(name in type(module).__name__.lower() for name in ("gelu", "silu", "swish"))  # QuickGELU and others
 
 
 def own_linears(module: nn.Module) -> dict[str, nn.Module]:

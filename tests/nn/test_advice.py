@@ -47,9 +47,38 @@ MODELS = {
 def test_reports_on_a_model_without_zeros_name_its_activations(names):
     model = MODELS[names]()
     assert ", ".join(activations_of(model)) == names
-    told = f"no ReLU found (activations found: {names}): nothing else makes zeros. Rows can be skipped, by nn.Skip, "
+    told = f"no ReLU found (activations found: {names}): none of these makes zeros. Rows can be skipped, by nn.Skip, "
     assert told in str(dc.measure.activation_sparsity(model, [torch.randn(4, 8)]))
     assert told in repr(dc.convert.relu_sparse(model))
+
+
+@pytest.mark.parametrize(
+    ("acts", "told"),
+    [
+        ([nn.Hardswish()], "(activations found: hardswish): the zeros of hardswish are not skipped."),
+        ([nn.GELU(), nn.ReLU6()], "(activations found: gelu, relu6): the zeros of relu6 are not skipped."),
+        ([F.hardsigmoid, F.silu], "(activations found: hardsigmoid, silu): the zeros of hardsigmoid are not skipped."),
+    ],
+)
+def test_advice_names_activations_whose_zeros_are_not_skipped(acts, told):
+    got = advice(nn.Sequential(*(Own(act) for act in acts)))
+    assert f"no activation whose zeros are skipped found {told} Rows can" in got
+
+
+def test_other_activations_are_not_taken_for_those_whose_names_they_contain():
+    quick = type("QuickGELUActivation", (nn.Module,), {"forward": lambda self, x: x * torch.sigmoid(1.702 * x)})
+    assert activations_of(nn.Sequential(Own(quick()), Own(lambda x: x))) == []
+    swapped = dc.convert.relu_sparse(nn.Sequential(nn.Linear(8, 16), quick(), nn.Linear(16, 8)))
+    assert "QuickGELUActivation" in repr(swapped)
+
+
+def test_a_property_that_raises_does_not_break_the_report():
+    class Raises(nn.Linear):
+        @property
+        def act(self):
+            raise RuntimeError("not built")
+
+    assert activations_of(nn.Sequential(Raises(8, 8), nn.GELU())) == ["gelu"]
 
 
 @pytest.mark.parametrize(("implementation", "told"), [(None, True), ("eager", True), ("dyncore", False)])
