@@ -169,9 +169,8 @@ def expect_callable(name: str, value: object) -> None:
 
 
 def expect_batch_first(name: str, module: object) -> None:
-    """ValueError where PyTorch's transformer layers would take the first dimension for the sequence."""
-    whole = isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder))
-    for layer in module.layers if whole else [module]:
+    """ValueError where PyTorch's transformer layers, at any depth, would take the first dimension for the sequence."""
+    for layer in module.modules() if isinstance(module, nn.Module) else ():
         kinds = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
         if isinstance(layer, kinds) and not layer.self_attn.batch_first:
             raise ValueError(f"{name}: expected a module that takes [B, S, D], got one with batch_first=False")

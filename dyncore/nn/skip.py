@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dyncore.execution import mode
-from dyncore.nn.attention import Attention
+from dyncore.nn.attention import Attention, TransformerBlock
 from dyncore.nn.base import (
     RETURNS,
     DynamicLayer,
@@ -27,7 +27,26 @@ from dyncore.nn.base import (
 )
 from dyncore.ops import gather_rows
 
-_ATTENTION = (Attention, nn.MultiheadAttention)
+_ATTENTION = (
+    *(Attention, TransformerBlock, nn.MultiheadAttention),
+    *(nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDecoder, nn.TransformerDecoderLayer),
+)
+
+
+def _attends(module: object) -> bool:
+    """Whether rows [A, D] would be one sequence to an attention module that they come to as they are.
+
+    A module with a forward of its own may make tokens of each row before it attends, and so may what follows an
+    nn.Unflatten.
+    """
+    if type(module) is not nn.Sequential:
+        return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in _ATTENTION)
+    for part in module:
+        if isinstance(part, nn.Unflatten):
+            return False
+        if _attends(part):
+            return True
+    return False
 
 
 class Skip(DynamicLayer):
@@ -44,8 +63,9 @@ class Skip(DynamicLayer):
     A closed row comes out as it went in, whatever it holds; with every gate at exactly 1 the result is exactly F(x).
     Gradient reaches F, x, and the gate through the rows computed.
 
-    Modules that mix rows: one that holds attention (PyTorch's or ours) would take the live tokens of a whole batch for
-    one sequence, and is refused where rows are tokens (`TokenSkip` takes it); any other mixing is not seen. BatchNorm
+    Modules that mix rows: attention (PyTorch's or ours), by itself or in an nn.Sequential, would take the live tokens
+    of a whole batch for one sequence, and is refused where rows are tokens (`TokenSkip` takes it). Any other mixing is
+    not seen, nor attention in a module with a forward of its own, which may well attend within each row. BatchNorm
     sees the live rows only, in training and in its running statistics, and in "masked" execution all rows, the closed
     ones as zeros; so there the modes agree for modules that treat rows one by one. Under torch.compile and on
     accelerators a mask has the static bound of all rows (use a TopKGate to have a static count): values are the same,
@@ -64,8 +84,7 @@ class Skip(DynamicLayer):
         self.gate = gate
         self.returns: str = expect_choice("returns", returns, RETURNS)
         expect_batch_first("module", module)
-        parts = module.modules() if isinstance(module, nn.Module) else ()
-        self._attends: bool = any(isinstance(part, _ATTENTION) for part in parts)
+        self._attends: bool = _attends(module)
 
     def forward(self, x: Tensor) -> Tensor:
         """x with its live rows changed by the module; the shape and dtype of x."""
@@ -76,8 +95,6 @@ class Skip(DynamicLayer):
                 f"gate: expected a mask that leaves at least one trailing dimension of x {list(x.shape)}, "
                 f"got {list(mask.shape)}"
             )
-        plan = plan_of(decision)
-        self.record(plan, functools.partial(executed, plan, mask.shape, scale))
         row_shape = x.shape[mask.dim() :]
         if self._attends and len(row_shape) == 1:
             raise ValueError(
@@ -85,6 +102,8 @@ class Skip(DynamicLayer):
                 "which attends from row to row: TokenSkip and MixtureOfDepths leave tokens out of a block, and with a "
                 "mask [B] of x [B, S, D] Skip leaves out whole sequences"
             )
+        plan = plan_of(decision)
+        self.record(plan, functools.partial(executed, plan, mask.shape, scale))
         rows = x.reshape(mask.numel(), row_shape.numel())
         flat = mask.reshape(-1)
         if mode() == "masked" or everything(plan):

@@ -216,15 +216,47 @@ def test_a_gate_that_does_not_fit_is_refused(gate, error, message):
         dc.nn.Skip(nn.Identity(), gate)(torch.randn(4, 5, D))
 
 
-class OwnBlock(nn.Module):
-    """As many write one."""
+class WithinRows(nn.Module):
+    """Attention between two tokens of D / 2 in each row."""
 
     def __init__(self):
         super().__init__()
-        self.attention = nn.MultiheadAttention(D, 4, batch_first=True)
+        self.attention = nn.MultiheadAttention(D // 2, 4, batch_first=True)
 
     def forward(self, x):
-        return x + self.attention(x, x, x)[0]
+        tokens = x.view(len(x), 2, D // 2)
+        return x + self.attention(tokens, tokens, tokens)[0].flatten(1)
+
+
+class OwnLayer(nn.TransformerEncoderLayer):
+    """The same by a forward put over PyTorch's."""
+
+    def __init__(self):
+        super().__init__(D // 2, 4, 24, dropout=0.0, batch_first=True)
+
+    def forward(self, x):
+        return super().forward(x.view(len(x), 2, D // 2)).flatten(1)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        WithinRows,
+        OwnLayer,
+        lambda: nn.Sequential(
+            nn.Unflatten(1, (2, D // 2)),
+            nn.TransformerEncoderLayer(D // 2, 4, 24, dropout=0.0, batch_first=True),
+            nn.Flatten(1),
+        ),
+    ],
+)
+@pytest.mark.parametrize("shape", [(6,), (2, 3)])
+def test_a_module_may_attend_within_each_row(build, shape):
+    module, x = build(), torch.randn(*shape, D)
+    mask = torch.tensor([True, False, True, True, False, True]).view(shape)
+    y = dc.nn.Skip(module, Fixed(mask))(x)
+    torch.testing.assert_close(y[mask], torch.cat([module(row[None]) for row in x[mask]]))
+    assert torch.equal(y[~mask], x[~mask])
 
 
 @pytest.mark.parametrize(
@@ -233,20 +265,23 @@ class OwnBlock(nn.Module):
         lambda: nn.TransformerEncoderLayer(D, 4, 24, dropout=0.0, batch_first=True),
         lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(D, 4, 24, dropout=0.0, batch_first=True), 1),
         lambda: nn.Sequential(nn.LayerNorm(D), dc.nn.TransformerBlock(D, 4)),
-        OwnBlock,
+        lambda: nn.Sequential(nn.LayerNorm(D), nn.Sequential(dc.nn.Attention(D, 4))),
     ],
 )
 def test_tokens_of_a_module_that_attends_are_refused_whole_sequences_are_not(build):
     module, x = build(), torch.randn(3, 5, D)
+    layer = dc.nn.Skip(module, dc.nn.ThresholdGate(D))
     with pytest.raises(ValueError, match=r"module: expected one that treats rows \[16\] one by one, .* TokenSkip"):
-        dc.nn.Skip(module, dc.nn.ThresholdGate(D))(x)
+        layer(x)
+    assert layer.last_plan is None
+    assert layer.last_cost is None
     mask = torch.tensor([True, False, True])
     y = dc.nn.Skip(module, Fixed(mask))(x)
     torch.testing.assert_close(y[mask], module(x[mask]))
     assert torch.equal(y[1], x[1])
 
 
-@pytest.mark.parametrize("wrap", [lambda layer: layer, lambda layer: nn.TransformerEncoder(layer, 1)])
+@pytest.mark.parametrize("wrap", [lambda layer: layer, lambda layer: nn.TransformerEncoder(layer, 1), nn.Sequential])
 def test_layers_that_take_the_sequence_first_are_refused(wrap):
     with pytest.raises(ValueError, match=r"module: expected a module that takes \[B, S, D\], got .*batch_first=False"):
         dc.nn.Skip(wrap(nn.TransformerEncoderLayer(D, 4, 24)), dc.nn.ThresholdGate(D, pool=dc.nn.gates.pool_tokens))
