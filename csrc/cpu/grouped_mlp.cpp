@@ -59,7 +59,7 @@ void hidden_panel(const Forward<T>& f, const Pieces::Span& block, const Cut::Ite
   const PanelBuffers buffers = f.scratch.buffers(thread);
   float* gate = f.scratch.results(thread);
   float* up = f.gated ? gate + piece.rows * NC : nullptr;
-  const Right<T> second = w.from_column(op.i);
+  const Right<T> second = f.gated ? w.from_column(op.i) : w;
   const T* next = next_columns<T>(op.w_in, item, false);
   weight_product(gate, x, piece.rows, op.h, w, item.n, buffers, {piece.group_rows, up ? second.data : next});
   if (up) weight_product(up, x, piece.rows, op.h, second, item.n, buffers, {piece.group_rows, next});

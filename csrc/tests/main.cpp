@@ -29,6 +29,14 @@ int main(int argc, char** argv) {
                         {"cuda rows", test_cuda_rows},
 #endif
                         {"concurrent calls", test_concurrent_calls}};
+  for (int i = 1; i < argc; ++i) {
+    const auto named = [&](const Part& part) { return std::strcmp(argv[i], part.name) == 0; };
+    if (std::any_of(std::begin(parts), std::end(parts), named)) continue;
+    std::fprintf(stderr, "expected names of parts, got \"%s\"; there are:", argv[i]);
+    for (const Part& part : parts) std::fprintf(stderr, " \"%s\"", part.name);
+    std::fprintf(stderr, "\n");
+    return 2;
+  }
   for (const Part& part : parts) {
     const auto named = [&](const char* name) { return std::strcmp(name, part.name) == 0; };
     if (argc > 1 && std::none_of(argv + 1, argv + argc, named)) continue;

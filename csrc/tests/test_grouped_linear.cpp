@@ -172,7 +172,7 @@ void test_grouped_linear() {
     run({dot, {5, 0}, dtype, Activation::none, adjacent, true, true, true, true, 0}, random, 0);
     run({dot, {0, 5}, dtype, Activation::none, adjacent, true, true, true, true, 0}, random, 0);
   }
-  // Rows 4096 bytes apart, which are copied.
+  // Rows 4096 bytes apart: in one set of the first cache.
   run({few_and_many, {1024, 1024}, Dtype::float32, Activation::none, adjacent, true, true, true, true, 0}, random, 0);
 }
 

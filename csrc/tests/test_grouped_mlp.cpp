@@ -221,7 +221,7 @@ void test_grouped_mlp() {
     run({few_and_many, {5, 0}, dtype, Activation::geglu, adjacent, true, true, true, 0}, random, 0);
     run({few_and_many, {0, 5}, dtype, Activation::geglu, adjacent, true, true, true, 0}, random, 0);
   }
-  // Rows 4096 bytes apart, which are copied.
+  // Rows 4096 bytes apart: in one set of the first cache.
   run({few_and_many, {1056, 1024}, Dtype::float32, Activation::gelu, adjacent, true, true, true, 0}, random, 0);
 }
 

@@ -116,7 +116,7 @@ void test_sparse_linear() {
   run({515, 32800, 1, Dtype::bfloat16, Pattern::little, Layout::outputs_adjacent, 0.3f, true, 0}, random);
   // All neurons of few rows listed: the list of what is to be fetched is as long as the room for it.
   run({64, 1100, 300, Dtype::float32, Pattern::everything, Layout::outputs_adjacent, 2.0f, true, 0}, random);
-  // Dense rows 4096 bytes apart, which are copied.
+  // Dense rows 4096 bytes apart: in one set of the first cache.
   run({61, 1024, 40, Dtype::float32, Pattern::mixed, Layout::inputs_adjacent, 0.3f, false, 0}, random);
 }
 

@@ -249,7 +249,7 @@ void test_sparse_mlp() {
     const Case c{260, 2, 16500, Dtype::float32, a, Pattern::mixed, rows, neurons, 0.3f, true, 0};
     forward(c, Problem(c, random), Save::compressed);
   }
-  // Rows 4096 bytes apart, which are copied.
+  // Rows 4096 bytes apart: in one set of the first cache.
   const Case c{61, 1024, 1030, Dtype::float32, Activation::relu, Pattern::little, rows, rows, 0.3f, false, 0};
   forward(c, Problem(c, random), Save::dense);
 }
