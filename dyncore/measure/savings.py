@@ -102,9 +102,11 @@ class Savings:
             f"{name:7} {self.flops[name] / 1e9:10.4f} GFLOP {timing.median * 1e3:10.3f} ms ±{timing.spread:.0%}"
             for name, timing in self.timings.items()
         ]
-        # where next to nothing was skipped, both ratios are of noise
-        skipped = f"{self.flop_speedup:.2f}" != "1.00"
-        se = f"{self.se:.2f}" if skipped else "- (nothing was skipped)"
+        # where next to nothing was skipped, both ratios are of noise; where FLOPs were added, of no meaning
+        shown = f"{self.flop_speedup:.2f}"
+        skipped = shown != "1.00" and self.flop_speedup > 1
+        why = "nothing was skipped" if shown == "1.00" else "more FLOPs than the baseline's"
+        se = f"{self.se:.2f}" if skipped else f"- ({why})"
         rsr = f"{self.rsr:.2f}" if skipped and self.rsr is not None else "-"
         lines.append(
             f"against {self.baseline}: FLOPs {self.flop_speedup:.2f}x, wall clock {self.wall_clock_speedup:.2f}x, "

@@ -124,6 +124,12 @@ def test_where_nothing_was_skipped_there_is_no_scaling_efficiency_to_show():
     assert "SE 2.23, RSR 56.11" in skipped
 
 
+def test_added_flops_are_no_saving():
+    timings = {"sparse": Timing((50, 50)), "masked": Timing((20, 20))}
+    text = str(Savings({"sparse": 1200, "masked": 1000}, timings, "masked"))
+    assert "FLOPs 0.83x, wall clock 0.40x, SE - (more FLOPs than the baseline's), RSR -" in text
+
+
 def test_what_cannot_be_called_is_refused():
     with pytest.raises(TypeError, match="module: expected a module or another callable, got int"):
         dc.measure.savings(3, torch.randn(8))
