@@ -177,6 +177,16 @@ def is_eager_cpu(t: Tensor) -> bool:
     return not _wrapped_by_functorch(t)
 
 
+def holds(condition: bool) -> bool:
+    """Whether a condition on shapes is true: while a graph is traced only where it is for every shape the graph takes,
+    for then the graph must depend on nothing else."""
+    if not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy, which eager code needs not
+
+    return statically_known_true(condition)
+
+
 def _dispatch(cls: type[Tensor]) -> object:
     return cls.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -265,7 +275,7 @@ def select_topk(scores: Tensor, k: int, scale: Tensor | None = None) -> Plan:
         raise TypeError(f"scores: expected a floating dtype, got {scores.dtype}")
     _expect_int("k", k)
     batch, seq = scores.shape
-    if not 0 <= k <= seq:
+    if holds(k < 0) or holds(k > seq):
         raise ValueError(f"k: expected 0..{seq} (the sequence length), got {k}")
     _expect_scale("scale", scale, scores.shape, scores.device)
     _expect_rows("scores", scores.numel())

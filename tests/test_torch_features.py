@@ -44,6 +44,24 @@ def test_export_runs_with_another_batch_and_another_mask(strict):
         torch.testing.assert_close(exported.module()(x), model(x))
 
 
+DYNAMIC_LENGTH = {
+    "Skip of half": lambda: dc.nn.Skip(nn.Linear(8, 8), dc.nn.TopKGate(8, 0.5)),
+    "Skip of one": lambda: dc.nn.Skip(nn.Linear(8, 8), dc.nn.TopKGate(8, 1)),
+    "TokenSkip": lambda: dc.nn.TokenSkip(dc.nn.TransformerBlock(8, 2), dc.nn.TopKGate(8, 0.5)),
+    "MixtureOfDepths": lambda: dc.nn.MixtureOfDepths(nn.Linear(8, 8), 0.25),
+}
+
+
+@pytest.mark.parametrize("make", DYNAMIC_LENGTH.values(), ids=DYNAMIC_LENGTH)
+def test_export_of_a_ratio_of_the_sequence_runs_with_any_batch_and_length(make):
+    layer = make().eval()
+    sizes = {0: torch.export.Dim("batch", min=2, max=64), 1: torch.export.Dim("tokens", min=6, max=64)}
+    exported = torch.export.export(layer, (torch.randn(4, 12, 8),), dynamic_shapes=(sizes,)).module()
+    for shape in ((2, 6), (3, 7), (5, 64)):
+        x = torch.randn(*shape, 8)
+        torch.testing.assert_close(exported(x), layer(x))
+
+
 PROCESS = """
 import sys, torch, dyncore
 run = torch._inductor.aoti_load_package(sys.argv[1])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dyncore.execution import mode
 from dyncore.ops import scatter_rows
-from dyncore.plan import Plan, is_eager_cpu, select, select_topk
+from dyncore.plan import Plan, holds, is_eager_cpu, select, select_topk
 
 RETURNS = ("output", "update")
 
@@ -116,7 +116,7 @@ def live_rows(plan: Plan) -> Tensor:
 
 def everything(plan: Plan) -> bool:
     """Whether the host knows that every row of a one-group plan is live, so that nothing needs to be moved."""
-    return mode() == "auto" and plan.exact and plan.num_slots == plan.num_rows
+    return mode() == "auto" and plan.exact and holds(plan.num_slots == plan.num_rows)
 
 
 def expect_recorded(name: str, tensor: Tensor) -> None:

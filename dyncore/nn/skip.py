@@ -26,6 +26,7 @@ from dyncore.nn.base import (
     plan_of,
 )
 from dyncore.ops import gather_rows
+from dyncore.plan import holds
 
 _ATTENTION = (
     *(Attention, TransformerBlock, nn.MultiheadAttention),
@@ -117,7 +118,7 @@ class Skip(DynamicLayer):
         return out.view(x.shape)
 
     def _apply_module(self, live: Tensor, row_shape: torch.Size) -> Tensor:
-        if live.shape[0] == 0:  # many modules refuse an empty batch
+        if holds(live.shape[0] == 0):  # many modules refuse an empty batch
             return linked(live, self.module)
         shaped = live.view(-1, *row_shape)
         return expect_like("module", self.module(shaped), shaped).reshape(live.shape)

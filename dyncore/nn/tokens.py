@@ -38,7 +38,7 @@ from dyncore.nn.cache import KeyValueCache
 from dyncore.nn.full_precision import full_precision
 from dyncore.nn.gates import Capacity, Movable
 from dyncore.ops import gather_rows
-from dyncore.plan import Plan, select_topk
+from dyncore.plan import Plan, holds, select_topk
 
 ATTENTION = ("selected", "all_keys")
 INFERENCE = ("topk", "predictor", "threshold")
@@ -116,8 +116,9 @@ class _TokenLayer(DynamicLayer):
         `count` tokens of each sequence, all of them selected if `even`."""
         batch, seq, width = x.shape
         rows, flat = x.reshape(batch * seq, width), mask.reshape(-1)
-        if mode() == "masked" or count == seq:
-            whole = even and count == seq
+        every = holds(count == seq)
+        if every or mode() == "masked":
+            whole = even and every
             live = x if whole else torch.where(mask[:, :, None], x, 0)
             y = call(live, None, None if whole else mask, None if whole else x).reshape(rows.shape)
             scale = None if scale is None else scale.reshape(-1)
@@ -141,7 +142,8 @@ class _TokenLayer(DynamicLayer):
 
         def call(tokens: Tensor, positions: Tensor | None, live: Tensor | None, context: Tensor | None) -> Tensor:
             context = context if self._all_keys else None
-            if not tokens.numel() and (cache is None or context is None):  # a cache remembers the keys of a context
+            # a cache remembers the keys of a context
+            if holds(tokens.numel() == 0) and (cache is None or context is None):
                 return linked(tokens, self.block)
             if cache is not None and positions is None:  # so that the layer counts the tokens, and not the block
                 positions = torch.arange(cache.seen, cache.seen + tokens.shape[1], device=tokens.device)

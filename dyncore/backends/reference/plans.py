@@ -78,6 +78,8 @@ def plan_route_topk(
 
 def plan_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, seq = scores.shape
+    if not 0 <= k <= seq:  # a graph for any length could not know
+        raise ValueError(f"k: expected 0..{seq}, got {k}")
     best = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
     rows = (best + seq * torch.arange(batch, device=scores.device)[:, None]).reshape(-1).int()
     # made on the device: torch.tensor would copy from the host, and wait for it
