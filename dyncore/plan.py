@@ -114,7 +114,8 @@ class Plan:
         return torch.searchsorted(self.offsets[1:], slots, right=True)
 
     def __repr__(self) -> str:
-        known = self.exact or (self.rows.device.type == "cpu" and not isinstance(self.rows, FakeTensor))
+        readable = self.rows.device.type == "cpu" and not isinstance(self.rows, FakeTensor)
+        known = self.exact or (readable and not vmap_level(self.rows))
         slots = str(self.num_slots if self.exact else int(self.offsets[-1])) if known else f"<={self.num_slots}"
         pairs = self.num_rows * self.num_groups
         density = f"{int(slots) / pairs:.3f}" if known and pairs else "unknown" if pairs else "0"
@@ -185,6 +186,17 @@ def holds(condition: bool) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy, which eager code needs not
 
     return statically_known_true(condition)
+
+
+def vmap_level(t: Tensor) -> int:
+    """The level of the innermost torch.vmap that `t` was made in, 0 without one; other transforms may lie between."""
+    functorch: Any = torch._C._functorch  # pyright: ignore
+    level = 0
+    while _wrapped_by_functorch(t):
+        if functorch.is_batchedtensor(t):
+            level = max(level, functorch.maybe_get_level(t))
+        t = functorch.get_unwrapped(t)
+    return level
 
 
 def _dispatch(cls: type[Tensor]) -> object:

@@ -231,6 +231,23 @@ def test_a_record_is_read_inside_of_the_vmap_that_made_it(read):
             torch.testing.assert_close(got[i], want)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("read", ["last_cost", "losses"])
+@pytest.mark.parametrize("gradient", ["inside", "outside"])
+def test_a_record_of_a_vmap_with_gradients_says_that_the_vmap_has_ended(gradient, read):
+    layer, xs = dc.nn.MoE(4, 8, 3), torch.randn(3, 5, 4)
+    if gradient == "inside":
+        torch.vmap(torch.func.grad(lambda x: layer(x).sum()))(xs)
+    else:
+        torch.func.grad(lambda xs: torch.vmap(layer)(xs).sum())(xs)
+    with pytest.raises(RuntimeError, match=f"{read}: belongs to a forward inside torch.vmap, which has ended"):
+        layer.last_cost if read == "last_cost" else layer.losses()
+    assert repr(layer.last_plan) == "Plan(rows=5, groups=3, slots=<=10, density=unknown, scaled)"
+    layer(xs[0])
+    assert all(loss.isfinite() for loss in [layer.last_cost.mean(), *layer.losses().values()])
+    assert "slots=10" in repr(layer.last_plan)
+
+
 def hard_skip():
     return dc.nn.Skip(nn.Linear(4, 4), dc.nn.StraightThroughGate(4))
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dyncore.execution import mode
 from dyncore.ops import scatter_rows
-from dyncore.plan import Plan, holds, is_eager_cpu, select, select_topk
+from dyncore.plan import Plan, holds, is_eager_cpu, select, select_topk, vmap_level
 
 RETURNS = ("output", "update")
 
@@ -122,9 +122,7 @@ def everything(plan: Plan) -> bool:
 def expect_recorded(name: str, tensor: Tensor) -> None:
     """That a record's tensor may be read: RuntimeError on that of a forward in a torch.vmap which has ended."""
     functorch: Any = torch._C._functorch  # pyright: ignore
-    if functorch.is_batchedtensor(tensor) and functorch.maybe_get_level(tensor) > (
-        functorch.maybe_current_level() or 0
-    ):
+    if vmap_level(tensor) > (functorch.maybe_current_level() or 0):
         raise RuntimeError(
             f"{name}: belongs to a forward inside torch.vmap, which has ended: read it in the mapped function, and "
             "return it from there"
