@@ -176,7 +176,12 @@ def attention(
     bias = None if k_sizes is None else k_sizes.detach().to(torch.promote_types(q.dtype, torch.float32)).log()
     marks = (q_places, k_places, q_live, k_live, bias, causal, factor)
     if _skips(q, any(t is not None for t in marks[:5])):
-        return apply(_Attention, q, k, v, *marks) if wants_grad(q, k, v) else _forward(q, k, v, *marks)[0]
+        if not wants_grad(q, k, v):
+            return _forward(q, k, v, *marks)[0]
+        if torch.compiler.is_compiling():  # no tensor may come twice into a function that Dynamo traces
+            places, live = (None if t is None else t.view_as(t) for t in (q_places, q_live))
+            return apply(_Attention, q.view_as(q), k.view_as(k), v, places, k_places, live, *marks[3:])
+        return apply(_Attention, q, k, v, *marks)
     return _of_torch(q, k, v, *marks)
 
 
