@@ -8,7 +8,7 @@ import pdoc
 from torch import nn
 
 # What a package shows of these modules stands on its own page.
-INSIDE = r"!dyncore\.(execution|(ops|measure|convert)\..*)"
+INSIDE = r"!dyncore\.(execution|(ops|measure|convert|audit|report)\..*)"
 
 
 def build(folder: Path) -> None:

@@ -10,6 +10,7 @@ A `Plan` lists what is to be computed: slots, pairs (row, group). `select`, `sel
 - `dyncore.integrations.transformers`: the experts of Hugging Face models
 - `dyncore.measure`: executed FLOPs, time, savings, activation sparsity
 - `dyncore.masks`: activation masks, drawn and recorded
+- `dyncore.audit`, `dyncore.report`: what dyncore could do for a model; results as one page
 """
 
 import importlib
@@ -36,13 +37,14 @@ from dyncore.ops import (
 from dyncore.plan import Plan, route, route_mask, route_topk, select, select_topk
 
 if TYPE_CHECKING:
-    from dyncore import convert, integrations, masks, measure, nn
+    from dyncore import audit, convert, integrations, masks, measure, nn, report
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Plan",
     "attention",
+    "audit",
     "compact",
     "convert",
     "execution",
@@ -55,6 +57,7 @@ __all__ = [
     "measure",
     "nn",
     "ops",
+    "report",
     "route",
     "route_mask",
     "route_topk",
@@ -66,8 +69,10 @@ __all__ = [
     "tree_route",
 ]
 
+_LAZY = ("audit", "convert", "integrations", "masks", "measure", "nn", "report")  # loaded at first use, to stay light
+
 
 def __getattr__(name: str) -> _ModuleType:
-    if name in ("convert", "integrations", "masks", "measure", "nn"):  # loaded at first use: import dyncore stays light
+    if name in _LAZY:
         return importlib.import_module(f"dyncore.{name}")
     raise AttributeError(f"module 'dyncore' has no attribute {name!r}")

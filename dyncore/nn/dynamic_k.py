@@ -22,7 +22,12 @@ class NormRouter(nn.Module):
 
     Args:
         dim: H, the width of x. num_experts: E. hidden_dim: of the MLP.
+
+    Predictions are in units of the buffer `scale`, 1 until `fit_router` sets it to the mean norm: small outputs are
+    learned as fast as large ones.
     """
+
+    scale: Tensor
 
     def __init__(self, dim: int, num_experts: int, hidden_dim: int = 128) -> None:
         super().__init__()
@@ -30,10 +35,11 @@ class NormRouter(nn.Module):
             expect_size(name, value)
         self.w_in: nn.Linear = nn.Linear(dim, hidden_dim)
         self.w_out: nn.Linear = nn.Linear(hidden_dim, num_experts)
+        self.register_buffer("scale", torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
         """Norms [..., E] > 0 of rows x [..., H]."""
-        return F.softplus(self.w_out(torch.relu(self.w_in(x))))
+        return self.scale * F.softplus(self.w_out(torch.relu(self.w_in(x))))
 
 
 class DynamicKMoE(Movable, BlockMLP):
@@ -59,6 +65,7 @@ class DynamicKMoE(Movable, BlockMLP):
 
     _transient = (*BlockMLP._transient, "_rows")
     _rows: Tensor | None = None
+    _bounds = {"tau": (0.0, 1.0)}  # noqa: RUF012
     tau: Tensor
 
     def __init__(
@@ -145,6 +152,8 @@ def fit_router(
     generator = torch.Generator("cpu").manual_seed(0)
     rows = rows.detach().to(layer.w_in.dtype)
     norms = layer.norms(rows)
+    if isinstance(layer.router, NormRouter) and norms.numel():
+        layer.router.scale.fill_(norms.mean())
     frozen = [(p, p.requires_grad) for p in layer.router.parameters()]
     for p, _ in frozen:
         p.requires_grad_(True)

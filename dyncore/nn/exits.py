@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dyncore.nn.base import expect_size
 from dyncore.nn.full_precision import full_precision
-from dyncore.nn.gates import Movable
+from dyncore.nn.gates import Movable, expect_number
 
 __all__ = [
     "Criterion",
@@ -347,8 +347,14 @@ def cumulative(costs: Sequence[float] | None, num_exits: int) -> list[float]:
 
 
 def _thresholds(value: Any) -> Tensor:
-    threshold = value.detach().float() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float32)
-    if threshold.dim() > 1:
+    if isinstance(value, Tensor):
+        threshold = value.detach().float()
+    else:
+        for one in value if isinstance(value, (list, tuple)) else [value]:
+            if not isinstance(one, (list, tuple)):
+                expect_number("threshold", one)
+        threshold = torch.tensor(value, dtype=torch.float32)
+    if threshold.dim() > 1 or not threshold.numel():
         raise ValueError(f"threshold: expected a number or one for each exit but the last, got {list(threshold.shape)}")
     return threshold.clone()
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,7 @@ def _logistic(like: Tensor) -> Tensor:
     return torch.log(u) - torch.log1p(-u)
 
 
-def _expect_number(name: str, value: object) -> float:
+def expect_number(name: str, value: object) -> float:
     """A number (an infinite one, too), or a tensor of no dimensions that holds one."""
     if isinstance(value, Tensor):
         is_number = value.dim() == 0 and not value.is_meta and value.dtype != torch.bool and not value.is_complex()
@@ -79,7 +79,7 @@ def _expect_number(name: str, value: object) -> float:
 
 
 def _expect_temperature(value: object) -> float:
-    number = _expect_number("temperature", value)
+    number = expect_number("temperature", value)
     if not 0 < number < math.inf:
         raise ValueError(f"temperature: expected a finite number > 0, got {number}")
     return number
@@ -112,14 +112,21 @@ class Capacity:
 
 
 class Movable(nn.Module):
-    """Mixin: a number assigned to a buffer fills it in place, so that a compiled module sees it without a retrace."""
+    """Mixin: a number assigned to a scalar buffer fills it in place, so that a compiled module sees it without a
+    retrace. TypeError where something else but a tensor is assigned, ValueError on NaN and outside of `_bounds`."""
+
+    _bounds: ClassVar[dict[str, tuple[float, float]]] = {}  # what a buffer may be set to: from, to
 
     def __setattr__(self, name: str, value: Any) -> None:
         buffer = self.__dict__.get("_buffers", {}).get(name)
-        if buffer is not None and isinstance(value, (int, float)):
-            buffer.fill_(value)
-        else:
+        if buffer is None or buffer.dim() or isinstance(value, Tensor):
             super().__setattr__(name, value)
+            return
+        number = expect_number(name, value)
+        low, high = self._bounds.get(name, (-math.inf, math.inf))
+        if not low <= number <= high:
+            raise ValueError(f"{name}: expected a number in {low:g}..{high:g}, got {number:g}")
+        buffer.fill_(number)
 
 
 def scores(score: int | nn.Module, outputs: int) -> nn.Module:
@@ -188,7 +195,7 @@ class ThresholdGate(Gate):
         pool: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(score, weight=weight, pool=pool)
-        self.register_buffer("threshold", torch.tensor(_expect_number("threshold", threshold)))
+        self.register_buffer("threshold", torch.tensor(expect_number("threshold", threshold)))
 
     def forward(self, x: Tensor) -> Decision:
         """The decision on the rows of x [..., D]."""
@@ -346,7 +353,7 @@ class _Choosing(Movable):
         self.num_choices = num_choices
         self.exit = exit
         self.pool = pool
-        self.register_buffer("threshold", torch.tensor(_expect_number("threshold", threshold)))
+        self.register_buffer("threshold", torch.tensor(expect_number("threshold", threshold)))
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits [..., G] of each row (one more with an exit), in float32 or wider."""

@@ -78,6 +78,7 @@ class AdaptiveDepth(Movable, DynamicLayer):
     would wait for the device. Raises ValueError or TypeError where x, a block or a score does not fit.
     """
 
+    _bounds = {"epsilon": (0.0, 1.0)}  # noqa: RUF012
     _transient = (*DynamicLayer._transient, "last_halting", "_steps", "_remainder")
     last_halting: Tensor | None = None
     _steps: Tensor | None = None
@@ -199,7 +200,8 @@ class AdaptiveDepth(Movable, DynamicLayer):
             return 1 - total, torch.ones_like(total, dtype=torch.bool), total
         logits: Tensor = self.halt[min(n, len(self.halt) - 1)].logits(x)  # type: ignore[operator]
         if logits.shape != total.shape:
-            raise ValueError(f"halt: expected logits {[*total.shape, 1]}, got {[*logits.shape, 1]} (see pool=)")
+            how = "samples want pool=; rows that are tokens or positions tokens=True or spatial=True"
+            raise ValueError(f"halt: expected logits {[*total.shape, 1]}, got {[*logits.shape, 1]} ({how})")
         share = torch.sigmoid(logits).to(total.dtype)
         if self.halting == "ponder":
             share = share * (1 - total)

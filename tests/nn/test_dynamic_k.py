@@ -110,7 +110,8 @@ def test_the_router_learns_the_norms_by_its_loss_alone():
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.2 * losses[0]
     for name, value in layer.state_dict().items():
-        assert torch.equal(value, before[name]) == (not name.startswith("router.")), name
+        learned = name.startswith("router.") and name != "router.scale"
+        assert torch.equal(value, before[name]) != learned, name
     layer.eval()(x)
     assert layer.losses() == {}
 
@@ -175,3 +176,13 @@ def test_a_soft_mixture_costs_the_same_in_every_mode():
     assert layer(torch.randn(4, D)).shape == (4, D)
     for shape in ((0, 5, D), (2, 0, D)):
         assert run(layer, torch.randn(shape)).out.shape == shape
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_norms_of_any_size_are_learned(size):
+    torch.manual_seed(0)
+    layer = dc.nn.DynamicKMoE(16, 16, 4)
+    with torch.no_grad():
+        layer.w_out.mul_(size)
+        layer.b_out.zero_()
+    assert dc.nn.fit_router(layer, torch.randn(512, 16), steps=200, batch=128, lr=3e-3) < 0.1

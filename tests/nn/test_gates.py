@@ -299,3 +299,37 @@ def test_scores_are_float32_under_autocast_and_in_half_precision():
 def test_bad_arguments_are_named(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("value", "error"), [(float("nan"), ValueError), ("a", TypeError), (None, TypeError), (True, TypeError)]
+)
+def test_what_is_no_number_does_not_become_a_threshold(value, error):
+    layers = {
+        "threshold": [dc.nn.ThresholdGate(4), dc.nn.GumbelGate(4), dc.nn.exits.MaxProbability()],
+        "tau": [dc.nn.DynamicKMoE(4, 8, 2)],
+        "epsilon": [dc.nn.AdaptiveDepth(torch.nn.Linear(4, 4), 4, 3)],
+    }
+    for name, modules in layers.items():
+        for module in modules:
+            before = float(getattr(module, name))
+            with pytest.raises(error, match=f"{name}: expected a number"):
+                setattr(module, name, value)
+            assert float(getattr(module, name)) == before
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1])
+def test_a_share_outside_of_its_range_is_refused_at_run_time(value):
+    for module, name in (
+        (dc.nn.DynamicKMoE(4, 8, 2), "tau"),
+        (dc.nn.AdaptiveDepth(torch.nn.Linear(4, 4), 4, 3), "epsilon"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name}: expected a number in 0\.\.1, got {value}"):
+            setattr(module, name, value)
+        setattr(module, name, 0.25)
+        assert float(getattr(module, name)) == 0.25
+
+
+def test_an_exit_wants_at_least_one_threshold():
+    with pytest.raises(ValueError, match="threshold: expected a number or one for each exit but the last"):
+        dc.nn.exits.MaxProbability([])
