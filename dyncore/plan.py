@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from dyncore.backends import cpu
+from dyncore.execution import waits
 from dyncore.transforms import apply
 
 _plan_inverse = torch.ops.dyncore.plan_inverse.default
@@ -171,7 +172,16 @@ pytree.register_pytree_node(
 
 def is_eager_cpu(t: Tensor) -> bool:
     """Whether `t` holds data that can be counted cheaply, so that a shape may depend on it."""
-    if not t.is_cpu or torch.compiler.is_compiling():
+    return t.is_cpu and _is_eager(t)
+
+
+def countable(t: Tensor) -> bool:
+    """Whether the host may count what `t` holds: at once on a CPU, elsewhere where it is told to wait for it."""
+    return is_eager_cpu(t) or (waits() and not t.is_meta and _is_eager(t))
+
+
+def _is_eager(t: Tensor) -> bool:
+    if torch.compiler.is_compiling():
         return False
     if type(t) is not Tensor and _dispatch(type(t)) is not _dispatch(Tensor):  # fake, or a wrapper
         return False
@@ -249,6 +259,10 @@ def _at_slots(scale: Tensor | None, sources: Tensor) -> Tensor | None:
     return scale.reshape(-1).index_select(0, sources)
 
 
+def _count(mask: Tensor) -> int:
+    return cpu.count_mask(mask) if mask.is_cpu else int(mask.sum())
+
+
 def select(mask: Tensor, scale: Tensor | None = None) -> Plan:
     """The plan of token skipping: one group, holding the rows where `mask` is True.
 
@@ -265,8 +279,8 @@ def select(mask: Tensor, scale: Tensor | None = None) -> Plan:
     flat = mask if mask.dim() == 1 else mask.reshape(-1)
     num_rows = flat.shape[0]
     _expect_rows("mask", num_rows)
-    if is_eager_cpu(mask):
-        rows, offsets, row_offsets, row_slots = _plan_mask._op(flat, cpu.count_mask(flat))
+    if countable(mask):
+        rows, offsets, row_offsets, row_slots = _plan_mask._op(flat, _count(flat))
         return _exact_plan(rows, offsets, _at_slots(scale, rows), num_rows, row_offsets, row_slots)
     rows, offsets, row_offsets, row_slots = _plan_mask(flat, num_rows)
     return Plan(rows, offsets, _at_slots(scale, rows), num_rows, row_offsets, row_slots)
@@ -317,10 +331,12 @@ def route(expert: Tensor, weight: Tensor | None = None, *, num_groups: int) -> P
     _expect_rows("expert", expert.numel())
     if expert.dtype not in (torch.int32, torch.int64):
         expert = expert.int()
-    eager = is_eager_cpu(expert)
-    capacity = cpu.count_route(expert, num_groups) if eager else expert.numel()
+    counted = countable(expert)
+    capacity = expert.numel()
+    if counted:
+        capacity = cpu.count_route(expert, num_groups) if expert.is_cpu else int((expert >= 0).sum())
     rows, offsets, row_offsets, row_slots, sources = _plan_route(expert, num_groups, capacity)
-    return Plan(rows, offsets, _at_slots(weight, sources), expert.shape[0], row_offsets, row_slots, eager)
+    return Plan(rows, offsets, _at_slots(weight, sources), expert.shape[0], row_offsets, row_slots, counted)
 
 
 class _RouteTopk(torch.autograd.Function):
@@ -398,18 +414,18 @@ def route_mask(mask: Tensor, weight: Tensor | None = None, *, max_slots: int | N
             raise ValueError(f"max_slots: expected a number >= 0, got {max_slots}")
     num_rows, num_groups = mask.shape
     bound = mask.numel() if max_slots is None else min(max_slots, mask.numel())
-    eager = is_eager_cpu(mask)
-    capacity = cpu.count_mask(mask) if eager else bound
-    if eager and capacity > bound:
+    counted = countable(mask)
+    capacity = _count(mask) if counted else bound
+    if counted and capacity > bound:
         raise ValueError(f"max_slots: the mask has {capacity} slots, more than max_slots={max_slots}")
     _expect_rows("mask", max(capacity, num_rows))
     if weight is None:
         rows, offsets, row_offsets, row_slots = _plan_mask(mask, capacity)
-        return Plan(rows, offsets, None, num_rows, row_offsets, row_slots, eager)
+        return Plan(rows, offsets, None, num_rows, row_offsets, row_slots, counted)
     if mask.numel() <= _MAX_INDEX:
         rows, offsets, row_offsets, row_slots, sources = _plan_mask_sources(mask, capacity)
         scale = _at_slots(weight, sources)
-        return Plan(rows, offsets, scale, num_rows, row_offsets, row_slots, eager)
+        return Plan(rows, offsets, scale, num_rows, row_offsets, row_slots, counted)
     plan = route_mask(mask, max_slots=capacity)
     sources = plan.rows.long() * num_groups + plan.groups().clamp(max=num_groups - 1)
     return dataclasses.replace(plan, scale=_at_slots(weight, sources))

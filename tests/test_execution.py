@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import dyncore as dc
-from dyncore.execution import mode
+from dyncore.execution import mode, waits
 from dyncore.ops.masked import compute_masked
 
 
@@ -39,6 +39,19 @@ def test_each_thread_has_its_own_mode():
 def test_an_unknown_mode_is_a_value_error():
     with pytest.raises(ValueError, match="mode: expected one of sparse, masked, auto, got 'dense'"):
         dc.execution("dense")
+    with pytest.raises(TypeError, match="wait: expected a bool or None, got int"):
+        dc.execution("sparse", wait=1)
+
+
+def test_waiting_is_kept_by_a_checkpoint_and_ends_with_its_block():
+    with dc.execution("masked", wait=True):
+        _, again = dc.execution.context_fn()
+        assert waits()
+    assert not waits()
+    with again:
+        assert waits()
+        assert mode() == "masked"
+    assert not waits()
 
 
 def flops(fn):

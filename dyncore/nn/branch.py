@@ -70,8 +70,8 @@ class Branch(DynamicLayer):
         exit: "output" of a row without branch: "identity", x itself, or "zero".
         costs: what a row costs in each branch, such as FLOPs; equal if None. For `last_cost`, a share of their sum.
 
-    Each branch computes its own rows alone. Under torch.compile and on accelerators, where counting would wait for the
-    device, each computes all rows, the others as zeros: the values are the same and nothing is saved.
+    Each branch computes its own rows alone. Under torch.compile, and on accelerators but in `execution(wait=True)`,
+    each computes all rows, the others as zeros: the values are the same and nothing is saved.
 
     Raises TypeError or ValueError where the router's decision does not fit x, or a branch changes the shape.
     """
@@ -167,9 +167,10 @@ class Hierarchy(Movable, DynamicLayer):
         threshold: a buffer, may be moved at run time.
         costs: what each classifier costs, such as FLOPs; equal if None. For `last_cost`, a share of all of them.
 
-    Rows are samples, gathered for their classifiers; under torch.compile and on accelerators every classifier computes
-    all of them, the others as zeros. `group_of` [C] is the group of each class: `model(x, model.group_of[y])` teaches
-    classifier and groups with nll_loss. Raises ValueError on classes or logits that do not fit.
+    Rows are samples, gathered for their classifiers; under torch.compile, and on accelerators but in
+    `execution(wait=True)`, every classifier computes all of them, the others as zeros. `group_of` [C] is the group of
+    each class: `model(x, model.group_of[y])` teaches classifier and groups with nll_loss. Raises ValueError on classes
+    or logits that do not fit.
     """
 
     threshold: Tensor

@@ -19,7 +19,7 @@ from dyncore.execution import mode
 from dyncore.nn import exits
 from dyncore.nn.base import DynamicLayer, expect_callable, linked
 from dyncore.ops import compact
-from dyncore.plan import is_eager_cpu, route_mask, select
+from dyncore.plan import countable, route_mask, select
 
 Costs = Sequence[float] | None
 
@@ -86,9 +86,8 @@ def _cost(shares: tuple[float, ...], exit: Tensor) -> Tensor:
 class Running:
     """The samples of one forward that have not left yet, and the logits of all.
 
-    On a CPU, run eagerly, the samples that go on are counted and moved side by side. In "masked" execution, under
-    torch.compile and on accelerators, where counting would mean waiting for the device, everything is computed, with
-    the samples that have left as zeros.
+    On a CPU, run eagerly, and where the host may wait for the device, the samples that go on are counted and moved side
+    by side. Elsewhere, and in "masked" execution, everything is computed, with the samples that have left as zeros.
     """
 
     def __init__(self, layer: ExitLayer, tree: Any) -> None:
@@ -98,7 +97,7 @@ class Running:
         self._layer = layer
         self._batch: int = first.shape[0]
         self._state: Any = None  # the criterion's
-        self.moves: bool = mode() != "masked" and is_eager_cpu(first)
+        self.moves: bool = mode() != "masked" and countable(first)
         self.rows: Tensor | None = None  # int64, the samples that go on; None: all. Only where they are moved
         self.live: Tensor | None = None  # bool [B], likewise where they are not
         self.logits: Tensor | None = None  # [B, C], of the latest exit that each sample has come to
@@ -196,8 +195,9 @@ class EarlyExit(ExitLayer):
     Gradient goes to stages, heads and x through the exits taken; the choice of an exit has none. Samples must be
     treated one by one (BatchNorm in evaluation does). See `ExitLayer` for last_exit, last_plan, last_cost.
 
-    Counting the samples needs a host that has them: on a CPU. Under torch.compile and on accelerators every stage runs
-    on all samples, those that have left as zeros: the same values, nothing saved.
+    On an accelerator the host must wait for the device once a stage to count the samples: `execution(wait=True)`.
+    Without it, and under torch.compile, every stage runs on all of them, those that have left as zeros: the same
+    values, nothing saved.
 
     Raises TypeError and ValueError on modules and costs that do not fit one another, on logits of another shape than
     [B, C], and on state tensors that have not B rows.

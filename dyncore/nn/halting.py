@@ -18,7 +18,7 @@ from dyncore.nn.base import DynamicLayer, expect_callable, expect_choice, expect
 from dyncore.nn.choices import share, shares
 from dyncore.nn.gates import Gate, Movable, shown
 from dyncore.nn.halting_steps import Outcome, attend, by_compaction, every_step, in_place, looks_across, over
-from dyncore.plan import is_eager_cpu, route_mask
+from dyncore.plan import countable, route_mask
 
 HALTING = ("act", "ponder")
 ATTENTION = ("selected", "all_keys")
@@ -74,8 +74,8 @@ class AdaptiveDepth(Movable, DynamicLayer):
         costs: what each step costs; equal if None.
 
     `last_cost` is the share of the steps taken, with the gradient of R; `losses()` has "ponder", the mean of N + R, or
-    "ponder_kl" in training. Under torch.compile and on accelerators every step is computed for every row: counting
-    would wait for the device. Raises ValueError or TypeError where x, a block or a score does not fit.
+    "ponder_kl" in training. Under torch.compile, and on accelerators but in `execution(wait=True)`, every
+    step is computed for every row. Raises ValueError or TypeError where x, a block or a score does not fit.
     """
 
     _bounds = {"epsilon": (0.0, 1.0)}  # noqa: RUF012
@@ -165,7 +165,7 @@ class AdaptiveDepth(Movable, DynamicLayer):
         return out.movedim(-1, -3) if self.spatial else out
 
     def _run(self, state: Tensor, bound: Tensor) -> Outcome:
-        compacting = not self._joint and mode() != "masked" and is_eager_cpu(state) and bound.numel() > 0
+        compacting = not self._joint and mode() != "masked" and countable(state) and bound.numel() > 0
         return (by_compaction if compacting else in_place)(
             state, bound, self.num_steps, self._step, self._rule, self.halting == "act"
         )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dyncore.execution import mode
 from dyncore.nn.base import expect_like, first_live
 from dyncore.ops import compact, expand
-from dyncore.plan import is_eager_cpu, select
+from dyncore.plan import countable, select
 
 Step = Callable[[int, Tensor, "Tensor | None"], Tensor]
 Rule = Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -85,7 +85,7 @@ def in_place(x: Tensor, bound: Tensor, num_steps: int, step: Step, rule: Rule, m
     live, total = torch.ones_like(bound, dtype=torch.bool), torch.zeros_like(bound)
     steps, remainder = torch.zeros_like(bound, dtype=torch.int64), torch.ones_like(bound)
     result = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, bound.dtype), device=x.device)
-    counted, computed = mode() != "masked" and is_eager_cpu(x), 0
+    counted, computed = mode() != "masked" and countable(x), 0
     for n in range(num_steps):
         if counted and n and not bool(live.any()):
             break
@@ -158,7 +158,7 @@ def looks_across(blocks: Sequence[nn.Module], tokens: bool, spatial: bool, atten
 def attend(block: nn.Module, x: Tensor, live: Tensor, all_keys: bool) -> Tensor:
     """The block on the live tokens of x [B, S, D], by the token protocol; what it gives for others is of no use."""
     context = {"context": x} if all_keys else {}
-    if mode() == "masked" or not is_eager_cpu(x):
+    if mode() == "masked" or not countable(x):
         return block(torch.where(over(live, x), x, 0), positions=None, live=live, **context)
     batch, seq, width = x.shape
     counts = live.sum(1)

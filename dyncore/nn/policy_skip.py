@@ -35,8 +35,8 @@ class PolicySkip(DynamicLayer):
 
     Before each block the rows that go through it are gathered, whatever the rest of their policies, and put back; a row
     that takes no block comes out as it went in, whatever it holds. `last_plan` has a group for each block. Under
-    torch.compile and on accelerators, where counting would wait for the device, every block computes all rows, the
-    others as zeros.
+    torch.compile, and on accelerators but in `execution(wait=True)`, every block computes all rows, the others as
+    zeros.
 
     Raises TypeError or ValueError where the policy's decision does not fit x, or a block changes the shape.
     """

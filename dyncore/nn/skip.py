@@ -68,9 +68,9 @@ class Skip(DynamicLayer):
     of a whole batch for one sequence, and is refused where rows are tokens (`TokenSkip` takes it). Any other mixing is
     not seen, nor attention in a module with a forward of its own, which may well attend within each row. BatchNorm
     sees the live rows only, in training and in its running statistics, and in "masked" execution all rows, the closed
-    ones as zeros; so there the modes agree for modules that treat rows one by one. Under torch.compile and on
-    accelerators a mask has the static bound of all rows (use a TopKGate to have a static count): values are the same,
-    and rows past the live ones are zeros to F.
+    ones as zeros; so there the modes agree for modules that treat rows one by one. Under torch.compile,
+    and on accelerators but in `execution(wait=True)`, a mask has the static bound of all rows (use a TopKGate to have a
+    static count): values are the same, and rows past the live ones are zeros to F.
 
     Raises TypeError where F or the gate is not callable, ValueError where F changes the shape or mixes rows by
     attention, TypeError or ValueError where the mask does not fit x (it must leave at least one trailing dimension of

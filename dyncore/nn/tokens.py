@@ -177,8 +177,8 @@ class TokenSkip(_TokenLayer):
 
     Selected tokens attend within their own sequence, by their original positions, causally if the block is causal; with
     a gate that looks at one token at a time a later token then never changes an earlier output. On a CPU the selected
-    are padded to the longest count of the batch; under torch.compile and on accelerators a mask has the static bound of
-    every token (a TopKGate has a static count).
+    are padded to the longest count of the batch; under torch.compile, and on accelerators but in
+    `execution(wait=True)`, a mask has the static bound of every token (a TopKGate has a static count).
 
     Raises ValueError where the block or the mask does not fit.
     """

@@ -47,3 +47,17 @@ def test_scores_of_halves_are_made_in_float32(dtype, bias):
         torch.testing.assert_close(
             got.cpu().double(), exact, rtol=2**-7 if dtype == torch.bfloat16 else 2**-10, atol=1e-4
         )
+
+
+@torch.no_grad()
+def test_the_live_rows_alone_are_computed_where_the_host_waits():
+    seen = []
+    module = torch.nn.Linear(64, 64).to(DEVICE)
+    module.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
+    mask, x = torch.arange(256, device=DEVICE) % 4 == 0, torch.randn(256, 64, device=DEVICE)
+    layer = dc.nn.Skip(module, lambda x: mask)
+    with no_waiting():
+        want = layer(x)
+    with dc.execution(wait=True):
+        assert_values(layer(x), want.cpu().double())
+    assert seen == [256, 64]
