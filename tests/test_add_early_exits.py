@@ -294,6 +294,9 @@ def add(model=None, at=("1",), example=None, **options):
 
 BAD_CALLS = [
     (lambda: add(at=["9"]), ValueError, "at: expected names of model.named_modules(), got '9'"),
+    (lambda: add(at=["4"]), ValueError, "at: expected blocks before the model's head, got '4', which returns its logits"),
+    (lambda: add(resnet()[0], ["0"], resnet()[2]), ValueError, "got '0'; layer2.0?"),
+    (lambda: add(add()), ValueError, "model: expected one without exits, got WithExits"),
     (lambda: add(at=[]), ValueError, "at: expected a list of at least one name"),
     (lambda: dc.convert.add_early_exits(nn.Identity(), "1", X), ValueError, "at: expected a list of at least one name of"),
     (lambda: add(at=["3", "1"]), ValueError, "at: expected blocks that run once each, in this order; they ran as ['1', '3']"),
@@ -330,3 +333,38 @@ def test_generation_is_refused():
     layer = dc.convert.add_early_exits(model.eval(), at, example).eval()
     with pytest.raises(ValueError, match="past_key_values: expected none: exits are for whole sequences"):
         layer(**example, past_key_values=object())
+
+
+def test_labels_are_refused_since_no_loss_is_computed():
+    model, at, example = hugging_face("bert")
+    layer = dc.convert.add_early_exits(model.eval(), at, example)
+    for mode in (layer.eval(), layer.train()):
+        with pytest.raises(ValueError, match="labels: expected none, since logits are returned and no loss"):
+            mode(**example, labels=torch.zeros(7, dtype=torch.long))
+        mode(**example, labels=None)
+
+
+def test_a_mapping_of_arguments_is_taken_as_the_example_was():
+    transformers = pytest.importorskip("transformers")
+    model, at, example = hugging_face("bert")
+    layer = dc.convert.add_early_exits(model.eval(), at, example)
+    with torch.no_grad():
+        want, every = layer(**example), layer.every_exit(**example)
+        for given in (example, transformers.BatchEncoding(example)):
+            assert torch.equal(layer(given), want)
+            assert all(torch.equal(a, b) for a, b in zip(layer.every_exit(given), every, strict=True))
+    y = torch.randint(C, (7,))
+    found = dc.measure.exits(layer, transformers.BatchEncoding(example), y, batch=3)
+    assert repr(found) == repr(dc.measure.exits(layer, example, y, batch=3))
+
+
+def test_a_threshold_on_the_model_that_was_given_exits_is_refused():
+    model, at, example = resnet()
+    layer = dc.convert.add_early_exits(model.eval(), at, example)
+    model.threshold = 0.5
+    with pytest.raises(ValueError, match="threshold: expected to be set on the module with exits"):
+        layer(*example)
+    del model.threshold
+    layer(*example)
+    model.threshold = 1.0  # a model may have one of its own
+    dc.convert.add_early_exits(layer.remove(), at, example)(*example)

@@ -20,6 +20,7 @@ from dyncore.measure.exits import exit_costs
 from dyncore.nn import exits
 from dyncore.nn.base import expect_choice
 from dyncore.nn.cascade import logits_of
+from dyncore.nn.early_exit import ExitLayer
 from dyncore.nn.with_exits import POOLS, Path, PooledHead, WithExits, blocks_of_list, mapped
 
 CHECKED = 6  # samples on which leaving midway is tried
@@ -137,12 +138,16 @@ def add_early_exits(
 def _arguments(model: nn.Module, at: Sequence[str], example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module, got {type(model).__name__}")
+    if isinstance(model, ExitLayer):
+        raise ValueError(f"model: expected one without exits, got {type(model).__name__}")
     if isinstance(at, str) or not len(at):
         raise ValueError(f"at: expected a list of at least one name of model.named_modules(), got {at!r}")
     names = dict(model.named_modules())
     for name in at:
         if name not in names or not name:
-            raise ValueError(f"at: expected names of model.named_modules(), got {name!r}")
+            ends = [known for known in names if known.endswith(f".{name}")]
+            hint = f"; {' or '.join(ends[:3])}?" if name and ends else ""
+            raise ValueError(f"at: expected names of model.named_modules(), got {name!r}{hint}")
     if len(set(at)) < len(at):
         raise ValueError(f"at: expected different names, got {list(at)}")
     blocks_of_list(model, at)
@@ -164,14 +169,15 @@ def _samples(tree: Any, count: int) -> Any:
 
 def _look(model: nn.Module, at: Sequence[str], args: Any, kwargs: Any) -> tuple[list[torch.Size], int]:
     """(the shape of what each block returns, the number of classes)"""
-    seen: list[tuple[str, torch.Size]] = []
+    seen: list[tuple[str, Tensor]] = []
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, given: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, (tuple, list)) and output else output
             if not isinstance(hidden, Tensor) or hidden.dim() < 2:
-                raise ValueError(f"at: expected blocks that return a tensor [B, ...], {name!r} does not")
-            seen.append((name, hidden.shape))
+                got = f"shape {list(hidden.shape)}" if isinstance(hidden, Tensor) else type(hidden).__name__
+                raise ValueError(f"at: expected blocks that return a tensor [B, ...], got {got} of {name!r}")
+            seen.append((name, hidden))
 
         return hook
 
@@ -187,7 +193,10 @@ def _look(model: nn.Module, at: Sequence[str], args: Any, kwargs: Any) -> tuple[
     order = [name for name, _ in seen]
     if order != list(at):
         raise ValueError(f"at: expected blocks that run once each, in this order; they ran as {order}")
-    return [shape for _, shape in seen], logits.shape[1]
+    for name, hidden in seen:
+        if hidden.shape == logits.shape and torch.equal(hidden, logits):
+            raise ValueError(f"at: expected blocks before the model's head, got {name!r}, which returns its logits")
+    return [hidden.shape for _, hidden in seen], logits.shape[1]
 
 
 def _per_sample(model: nn.Module, at: Sequence[str], args: Any, kwargs: Any) -> dict[Path, bool]:

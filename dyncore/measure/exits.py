@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -105,8 +105,8 @@ def exits(model: ExitLayer, x: object, y: Tensor, *, batch: int = 256) -> Exits:
     Args:
         model: an `nn.EarlyExit`, an `nn.Cascade` or a model with exits by `convert.add_early_exits`. It runs in
             evaluation, all its exits on all samples, and is left as it was.
-        x: samples: a tensor [N, ...], or what the model takes as a tuple of arguments or a dict of keyword arguments,
-            whose tensors are [N, ...].
+        x: samples: a tensor [N, ...], or what the model takes as a tuple of arguments or a mapping of keyword
+            arguments, whose tensors are [N, ...].
         y: classes, int [N].
         batch: samples of one forward.
 
@@ -116,6 +116,7 @@ def exits(model: ExitLayer, x: object, y: Tensor, *, batch: int = 256) -> Exits:
         raise TypeError(f"model: expected an EarlyExit, a Cascade or another ExitLayer, got {type(model).__name__}")
     if not isinstance(y, Tensor) or y.dim() != 1 or not len(y):
         raise ValueError(f"y: expected classes [N] of at least one sample, got {_shown(y)}")
+    x = _plain(x)
     for t in pytree.tree_leaves(x):
         if isinstance(t, Tensor) and (t.dim() == 0 or len(t) != len(y)):
             raise ValueError(f"x: expected tensors of {len(y)} samples, as many as in y, got shape {list(t.shape)}")
@@ -150,7 +151,7 @@ def exit_costs(model: ExitLayer, x: object) -> list[float]:
     """
     if not isinstance(model, ExitLayer):
         raise TypeError(f"model: expected an EarlyExit, a Cascade or another ExitLayer, got {type(model).__name__}")
-    one = pytree.tree_map_only(Tensor, lambda t: t[:1], x)
+    one = pytree.tree_map_only(Tensor, lambda t: t[:1], _plain(x))
     kept, reached = model.criterion, [0.0]
     with _in_evaluation(model), execution("sparse"):
         try:
@@ -172,6 +173,11 @@ def _in_evaluation(model: torch.nn.Module) -> Generator[None, None, None]:
     finally:
         for module in training:
             module.training = True
+
+
+def _plain(x: Any) -> Any:
+    """A mapping as a dict, which pytrees know, such as a tokenizer's output is not."""
+    return dict(cast("Mapping[str, Any]", x)) if isinstance(x, Mapping) else x
 
 
 def _call(function: Callable[..., Any], x: Any) -> Any:

@@ -64,8 +64,11 @@ class WithExits(ExitLayer):
         per_sample: which arguments of the blocks have a row for each sample: of those that are not named, tensors with
             as many rows as there are samples do.
 
-    A forward takes the model's arguments and returns logits [B, C]; in training a list of those of all exits. One
-    forward at a time: threads need copies.
+    A forward takes the model's arguments, or one mapping of them by name (as a tokenizer returns), and returns logits
+    [B, C]; in training a list of those of all exits. One forward at a time: threads need copies.
+
+    Raises ValueError on labels, since no loss is computed, on past_key_values, and on a threshold that was set on
+    `model`, where nothing would read it.
     """
 
     _transient = (*DynamicLayer._transient, "last_exit", "_running", "_collected")
@@ -74,6 +77,7 @@ class WithExits(ExitLayer):
     _previous: Tensor | None = None
     _mask: Tensor | None = None
     _restored: bool = False
+    _has_threshold: bool = True  # whether the model had one before
 
     def __init__(
         self,
@@ -89,6 +93,7 @@ class WithExits(ExitLayer):
         self.at: tuple[str, ...] = tuple(at)
         self.heads: nn.ModuleList = nn.ModuleList(heads)
         self.report: Any = None
+        self._has_threshold = hasattr(model, "threshold")
         self._takes = tuple(tuple(n for n in ("previous", "attention_mask") if takes(head, n)) for head in heads)
         self._per_sample = dict(per_sample or {})
         self._handles: list[Any] = []
@@ -109,8 +114,7 @@ class WithExits(ExitLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | list[Tensor]:
         """Logits [B, C]; in training the list of all exits' logits."""
-        if kwargs.get("past_key_values") is not None:
-            raise ValueError("past_key_values: expected none: exits are for whole sequences, not for generation")
+        args, kwargs = self._given(args, kwargs)
         running = Running(self, (args, kwargs))
         if self.training:
             self.finish(torch.full_like(running.exit, self.num_exits - 1), training=True)
@@ -132,6 +136,7 @@ class WithExits(ExitLayer):
 
     def every_exit(self, *args: Any, **kwargs: Any) -> list[Tensor]:
         """Logits [B, C] of all exits, everything computed."""
+        args, kwargs = self._given(args, kwargs)
         self._start(kwargs)
         self._collected = found = []
         try:
@@ -139,6 +144,25 @@ class WithExits(ExitLayer):
         finally:
             self._collected = self._previous = self._mask = None
         return [*found, last]
+
+    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The model's arguments, checked."""
+        if len(args) == 1 and not kwargs and isinstance(args[0], Mapping):
+            named = cast("Mapping[str, Any]", args[0])
+            if all(takes(self.model, name) for name in named):
+                args, kwargs = (), dict(named)
+        if kwargs.get("past_key_values") is not None:
+            raise ValueError("past_key_values: expected none: exits are for whole sequences, not for generation")
+        if kwargs.get("labels") is not None:
+            raise ValueError(
+                "labels: expected none, since logits are returned and no loss: losses.multi_exit makes one of the "
+                "logits of all exits that a forward in training returns"
+            )
+        if not self._has_threshold and hasattr(self.model, "threshold"):
+            raise ValueError(
+                "threshold: expected to be set on the module with exits, got one on its model, which nothing reads"
+            )
+        return args, kwargs
 
     def _start(self, kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask")
