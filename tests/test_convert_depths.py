@@ -217,6 +217,8 @@ def test_what_is_no_block_stays_and_what_cannot_be_mixed_says_why():
     assert [m.name for m in dc.convert.mixture_of_depths(model, every=4).mixed] == ["3"]
     again = dc.convert.mixture_of_depths(model, every=4)
     assert [(k.name, k.reason) for k in again.kept] == [("3", "mixes depths already")]
+    with pytest.raises(ValueError, match="every: expected at most 4, the number of blocks in the model, got 9"):
+        dc.convert.mixture_of_depths(own(), every=9)
 
 
 def test_blocks_keep_their_attributes():

@@ -58,7 +58,7 @@ def unchanged(convert, build, x, layers, kind):
 
 
 def moefy(model, **options):
-    return dc.convert.moefy(model, 4, **options)
+    return dc.convert.moefy(model, 4, **{"router_dim": 8, **options})
 
 
 def acmize(model, **options):
@@ -152,21 +152,33 @@ def test_projections_become_learners():
 
 
 def test_routers_learn_on_the_data_that_reaches_the_layer():
-    for data in (
-        torch.randn(40, 9, H),
-        [torch.randn(20, 9, H), (torch.randn(20, 9, H),)],
-        {"input": torch.randn(9, H)},
-    ):
-        net = model().train()
-        report = moefy(net, data=data, steps=150)
-        assert all(float(s.note.rpartition("router error ")[2]) < 0.4 for s in report.swapped), report
-        assert net.training
-    x = torch.randn(40, H)
+    x, start, notes = torch.randn(40, 9, H), model(), []
+    for data in (x, [x[:20], (x[20:],)], {"input": x}):
+        state = torch.random.get_rng_state()
+        report = moefy(copy.deepcopy(start), data=data, steps=2)
+        notes.append([s.note for s in report.swapped])
+        torch.random.set_rng_state(state)
+    assert notes[0] == notes[1] == notes[2]
+    net = start.train()
+    report = moefy(net, data=x, steps=120)
+    assert all(float(s.note.rpartition("router error ")[2].partition(",")[0]) < 0.4 for s in report.swapped), report
+    assert net.training
+    x = x[:, 0]
     for layer in net.modules():
         if isinstance(layer, dc.nn.DynamicKMoE):
             layer.tau = 0.3
     net(x)
     assert all(0.25 <= float(cost.mean()) < 1 for cost in dc.nn.collect_costs(net).values())
+
+
+def test_moefy_says_what_routers_cost_and_how_far_it_is():
+    done = []
+    report = moefy(model(), data=torch.randn(9, H), steps=1, progress=lambda *now: done.append(now))
+    assert done == [(1, 3, "0.mlp"), (2, 3, "1.mlp"), (3, 3, "2.mlp")]
+    shares = [100 * 8 * (H + 4) / (H * I * matrices) for matrices in (2, 3, 2)]
+    assert [s.note.rpartition(", ")[2] for s in report.swapped] == [f"{round(s)}% of its FLOPs" for s in shares]
+    with pytest.warns(UserWarning, match=r"router of width 40 costs .* in 0.mlp \(78%\), 2.mlp \(78%\) of the MLP"):
+        moefy(model(), router_dim=40)  # one of 4 experts and the router: more than the MLP
 
 
 def test_experts_are_of_neurons_that_point_the_same_way():
@@ -272,6 +284,12 @@ def test_a_model_that_is_an_mlp_and_one_that_has_none():
         (lambda: moefy(3), TypeError, "model: expected a module, got int"),
         (lambda: dc.convert.moefy(model(), 0), ValueError, "num_experts: expected an int >= 1, got 0"),
         (lambda: dc.convert.acmize(model(), 1.5), TypeError, "num_learners: expected an int >= 1, got float"),
+        (
+            lambda: moefy(model(), tau=0.5),
+            ValueError,
+            "tau: expected 1 without data, for routers that have learnt nothing",
+        ),
+        (lambda: moefy(model(), progress=3), TypeError, "progress: expected a callable, got int"),
         (lambda: moefy(model(), data=[]), ValueError, "data: expected batches that go through every MLP"),
         (lambda: balanced_clusters(torch.randn(7, 2), 3), ValueError, "count: expected a divisor of 7 points, got 3"),
     ],

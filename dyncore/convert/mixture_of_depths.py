@@ -328,7 +328,8 @@ def mixture_of_depths(
     `nn.MixtureOfDepths`: `capacity` may be moved at run time, and `nn.collect_costs(model)` says what was computed.
     output_hidden_states of transformers sees the chosen tokens alone in these layers.
 
-    Returns a Report of what was done. Raises TypeError or ValueError on arguments out of range.
+    Returns a Report of what was done. Raises TypeError or ValueError on arguments out of range, such as an `every`
+    above the number of blocks.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module, got {type(model).__name__}")
@@ -339,11 +340,14 @@ def mixture_of_depths(
     dense: list[str] = []
     kept: list[Kept] = []
     options: dict[str, Any] = {"weight": weight, "inference": inference}
+    longest = ("", 0)  # of the lists of blocks
     for path, parent in list(model.named_modules()):
         if not isinstance(parent, (nn.ModuleList, nn.Sequential)):
             continue
         blocks = [(name, block, _kind(block)) for name, block in parent.named_children()]
         blocks = [(name, block, kind) for name, block, kind in blocks if kind is not None]
+        if len(blocks) > longest[1]:
+            longest = (path, len(blocks))
         entries = sum(any(module is block for _, block, _ in blocks) for module in parent)
         for i, (name, block, kind) in enumerate(blocks):
             full = f"{path}.{name}" if path else name
@@ -373,6 +377,10 @@ def mixture_of_depths(
             layer.train(block.training)
             parent._modules[name] = layer
             mixed.append(Mixed(full, type(block).__name__, dim))
+    if 0 < longest[1] < every:
+        raise ValueError(
+            f"every: expected at most {longest[1]}, the number of blocks in {longest[0] or 'the model'}, got {every}"
+        )
     return Report(tuple(mixed), tuple(dense), tuple(kept), capacity, tuple(_adapt(model, mixed, inference)))
 
 

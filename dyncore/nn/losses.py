@@ -41,12 +41,14 @@ def compute_target(costs: Tensor | Iterable[Tensor], target: float, weights: Ite
 
     Args:
         costs: executed cost per row of a layer (`layer.last_cost`), or of several (`collect_costs(model).values()`).
-        target: the share of compute wanted, in the units of the costs.
+        target: the share of compute wanted, in 0..1 as the costs are.
         weights: what a full row of each layer costs, such as its FLOPs; equal if None.
 
     A scalar. Raises TypeError on what are no costs, such as those of a layer that has not run, ValueError where there
-    are none or the number of weights differs.
+    are none, the number of weights differs or the target is not in 0..1.
     """
+    if not 0 <= target <= 1:
+        raise ValueError(f"target: expected a share in 0..1, got {target}")
     if isinstance(costs, Mapping) or not isinstance(costs, Iterable):
         raise TypeError(f"costs: expected a Tensor or an iterable of them, got {type(costs).__name__}")
     layers = [costs] if isinstance(costs, Tensor) else list(costs)

@@ -46,8 +46,13 @@ def expect_tensor(name: str, value: object, like: Tensor | None = None, of: str 
     return value
 
 
-def expect_shape(name: str, value: Tensor, letters: str, sizes: tuple[int | None, ...]) -> None:
-    """Raise unless `value` has the sizes given (None: any), which `letters` names ("G N K")."""
+def expect_shape(
+    name: str, value: Tensor, letters: str, sizes: tuple[int | None, ...], *, matrix: bool = False
+) -> None:
+    """Raise unless `value` has the sizes given (None: any), which `letters` names ("G N K").
+
+    matrix: it is of weights, which some store [in, out]: where that would fit, the message says how to pass it.
+    """
     got = value.shape
     if len(got) == len(sizes):
         for g, w in zip(got, sizes):  # noqa: B905 (strict=True costs as much as the loop)
@@ -56,8 +61,8 @@ def expect_shape(name: str, value: Tensor, letters: str, sizes: tuple[int | None
         else:
             return
     form = ", ".join(n if w is None else f"{n}={w}" for n, w in zip(letters.split(), sizes, strict=True))
-    turned = (*got[:-2], *got[:-3:-1]) if name.startswith("w") else ()
-    fits = len(turned) == len(sizes) and all(w is None or g == w for g, w in zip(turned, sizes, strict=True))
+    turned = (*got[:-2], *got[:-3:-1])
+    fits = matrix and len(turned) == len(sizes) and all(w is None or g == w for g, w in zip(turned, sizes, strict=True))
     hint = f"; stored transposed? {name}.mT is read where it lies" if fits else ""
     raise ValueError(f"{name}: expected shape [{form}], got {list(got)}{hint}")
 

@@ -142,7 +142,7 @@ def grouped_linear(
     x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
     x = expect_rows("x", x, plan) if gather else expect_slots("x", x, plan)
     expect_tensor("weight", weight, like=x)
-    expect_shape("weight", weight, "G N K", (plan.num_groups, None, x.shape[1]))
+    expect_shape("weight", weight, "G N K", (plan.num_groups, None, x.shape[1]), matrix=True)
     if bias is not None:
         expect_tensor("bias", bias, like=x)
         expect_shape("bias", bias, "G N", (plan.num_groups, weight.shape[1]))

@@ -149,10 +149,10 @@ def _check(
 ) -> None:
     groups, width = plan.num_groups, expect_rows("x", x, plan).shape[1]
     expect_tensor("w_out", w_out, like=x)
-    expect_shape("w_out", w_out, "G H I", (groups, width, None))
+    expect_shape("w_out", w_out, "G H I", (groups, width, None), matrix=True)
     inner = w_out.shape[2] * 2 if gated else w_out.shape[2]
     expect_tensor("w_in", w_in, like=x)
-    expect_shape("w_in", w_in, "G 2I H" if gated else "G I H", (groups, inner, width))
+    expect_shape("w_in", w_in, "G 2I H" if gated else "G I H", (groups, inner, width), matrix=True)
     if b_in is not None:
         expect_shape("b_in", expect_tensor("b_in", b_in, like=x), "G I", (groups, inner))
     if b_out is not None:

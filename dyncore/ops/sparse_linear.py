@@ -60,7 +60,7 @@ class _SparseLinear(torch.autograd.Function):
 def _check(h: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     expect_dims("h", h)
     expect_tensor("weight", weight, like=h, of="h")
-    expect_shape("weight", weight, "N I", (None, h.shape[-1]))
+    expect_shape("weight", weight, "N I", (None, h.shape[-1]), matrix=True)
     if bias is not None:
         expect_tensor("bias", bias, like=h, of="h")
         expect_shape("bias", bias, "N", (weight.shape[0],))

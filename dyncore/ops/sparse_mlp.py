@@ -132,11 +132,11 @@ def _check(x: Tensor, w_in: Tensor, w_out: Tensor, b_in: Tensor | None, b_out: T
     expect_dims("x", x)
     width = x.shape[-1]
     expect_tensor("w_out", w_out, like=x)
-    expect_shape("w_out", w_out, "H I", (width, None))
+    expect_shape("w_out", w_out, "H I", (width, None), matrix=True)
     inner = w_out.shape[1] * 2 if gated else w_out.shape[1]
     name = "2I" if gated else "I"
     expect_tensor("w_in", w_in, like=x)
-    expect_shape("w_in", w_in, f"{name} H", (inner, width))
+    expect_shape("w_in", w_in, f"{name} H", (inner, width), matrix=True)
     if b_in is not None:
         expect_tensor("b_in", b_in, like=x)
         expect_shape("b_in", b_in, name, (inner,))

@@ -39,7 +39,7 @@ def tree_route(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     expect_tensor("x", x)
     expect_dims("x", x)
     expect_tensor("weight", weight, like=x)
-    expect_shape("weight", weight, "nodes D", (None, x.shape[-1]))
+    expect_shape("weight", weight, "nodes D", (None, x.shape[-1]), matrix=True)
     if depth_of(weight.shape[0]) < 0:
         raise ValueError(f"weight: expected 2^depth - 1 nodes, got {weight.shape[0]}")
     if bias is not None:

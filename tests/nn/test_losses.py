@@ -102,6 +102,9 @@ def test_bad_arguments_are_named():
             losses.compute_target(costs, 0.5)
     with pytest.raises(ValueError, match="weights: expected 1 of them, one a layer, got 2"):
         losses.compute_target([torch.rand(3)], 0.5, weights=[1.0, 2.0])
+    for target in (50, -0.1, float("nan")):
+        with pytest.raises(ValueError, match=f"target: expected a share in 0..1, got {target}"):
+            losses.compute_target(torch.rand(3), target)
     with pytest.raises(ValueError, match=r"remainder: expected the shape of steps, \[3\], got \[2\]"):
         losses.ponder(torch.ones(3), torch.ones(2))
     with pytest.raises(ValueError, match=r"prior: expected a number in 0..1 \(both excluded\), got 1.0"):

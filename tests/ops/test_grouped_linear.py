@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import dyncore as dc
+from dyncore.ops.checks import expect_shape
 from tests.support import PLAN_KINDS, assert_gradients, assert_values, make_plan, oracle_linear
 
 FORMS = list(itertools.product([True, False], [True, False]))
@@ -205,6 +206,13 @@ BAD_CALLS = {
     "activation: expected one of relu, relu2, gelu, gelu_tanh, silu, got 'swiglu'; gated activations belong to "
     "grouped_mlp": (ValueError, {"activation": "swiglu"}),
 }  # fmt: skip
+
+
+def test_weights_that_are_stored_transposed_are_known_as_such_whatever_they_are_called():
+    with pytest.raises(ValueError, match=r"got \[2, 3\]; stored transposed\? kernel.mT is read where it lies"):
+        expect_shape("kernel", torch.ones(2, 3), "N K", (None, 2), matrix=True)
+    with pytest.raises(ValueError, match=r"got \[2, 3\]$"):
+        expect_shape("who", torch.ones(2, 3), "T D", (None, 2))
 
 
 @pytest.mark.parametrize("message", BAD_CALLS)
