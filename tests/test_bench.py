@@ -20,7 +20,9 @@ from dyncore.measure import read_results
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 from dyncore import cli
-from dyncore.bench import compare, page, plots, run, table
+from dyncore.bench import compare, run, table
+from dyncore.report import read_document, report_page
+from dyncore.report.summary import sentences
 
 environment = importlib.import_module("dyncore.measure.environment")  # the name in dyncore.measure is the function
 
@@ -207,27 +209,37 @@ def test_the_loop_and_the_dense_rival_of_moe_are_the_same_function():
     assert not torch.allclose(moe.naive(*args), torch.zeros(20, 8).double())
 
 
-def test_plots_are_images_and_the_page_needs_no_network(records, tmp_path):
-    written = plots.write_plots(tmp_path, records)
-    assert set(written) == {name + theme for name in ("speedup", "keep", "moe", "relu") for theme in ("", "-dark")}
-    assert all((tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in written)
-    results = {"records": records, "errors": [], "interrupted": False, "command": "dyncore bench", "created": "now"}
-    text = page.page(results | {"environment": dc.measure.environment()}, written)
-    assert len(re.findall(r'"data:image/png;base64,[^"]{1000,}"', text)) == 8
-    assert not re.findall(r"https?://", text)
+@pytest.fixture
+def document(tmp_path):
+    """A document of some records."""
+
+    def make(records, **head):
+        results = dc.measure.new_results("dyncore bench") | {"warnings": [], "records": records, **head}
+        dc.measure.write_results(tmp_path / "results.json", results)
+        return read_document(tmp_path / "results.json")
+
+    return make
+
+
+def test_the_page_holds_every_point_and_its_rivals(records, document):
+    text = report_page([document(records)])
     assert text.count("<tr>") == len(records) + 1
-    assert "prefers-color-scheme: dark" in text
-    assert 'name="viewport"' in text
+    assert {"speedup", "keep", "rivals", "roofline"} == set(re.findall(r'id="figure-(\w+)"', text))
+    for heading in ("naive", "grouped_mm", "equal FLOPs", "CSR", "own dense"):
+        assert f"<th>vs {heading}</th>" in text
+        assert f"<li>{heading}: " in text
+    assert not re.findall(r"https?://", text)
 
 
-def test_losing_points_are_shown_like_the_others(records):
+def test_losing_points_are_shown_like_the_others(records, document):
     lost = json.loads(json.dumps(records[0]))
     lost["against"]["naive"], lost["wall_clock_speedup"] = 0.5, 0.25
     for variant in lost["variants"].values():
         variant["spread"] = 0.0
+    lost["variants"]["naive"]["median_ms"] = lost["variants"]["dyncore"]["median_ms"] / 2
     assert "0.50" in table.cells(lost)
     assert "0.25" in table.cells(lost)
-    (sentence,) = table.summary({"records": [lost]})
+    (sentence,) = sentences(document([lost]).comparisons)
     assert "naive at 0 of 1 (median 0.50x)" in sentence
 
 
@@ -259,8 +271,6 @@ def test_ratios_of_samples_that_spread_widely_are_marked(records, noisy, marked)
     assert row["time x"].endswith("~") == row["SE"].endswith("~") == (marked in ("both", "dense"))
     assert row["vs naive"].endswith("~") == (marked in ("both", "naive"))
     assert "~: samples of either side spread by more than 30%" in str(table.render([record])[-1].caption)
-    results = {"records": [record], "errors": [], "interrupted": False, "command": "dyncore bench", "created": "now"}
-    assert f">{row['time x']}</td>" in page.page(results | {"environment": dc.measure.environment()}, {})
 
 
 def test_a_busy_or_oversubscribed_machine_is_named_at_the_start_under_the_table_and_on_the_page(
@@ -292,48 +302,9 @@ def test_each_mechanism_has_a_table_without_the_columns_that_are_empty_there(rec
     assert sum(t.row_count for t in tables) == len(records)
 
 
-def relu_panel(records, speedups):
-    """What the plot of ReLU sparsity says of curves with these speed-ups over dense at 0%, 50%, 90% zeros."""
-    curve = []
-    for keep, speedup in zip((1.0, 0.5, 0.1), speedups, strict=True):
-        of = [r for r in records if r["mechanism"] == "relu-mlp" and r["shape"]["T"] == 1 and r["keep_ratio"] == keep]
-        curve.append({**of[0], "wall_clock_speedup": speedup})
-    axes = plots.relu_plot(curve, "").axes[0]
-    vertical = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"]
-    return axes.get_title().split(": ")[1], vertical
-
-
-def test_the_relu_plot_marks_from_how_many_zeros_on_we_are_faster(records):
-    assert relu_panel(records, (0.5, 1.0, 4.0)) == ("faster than dense from 50% zeros on", [pytest.approx(0.5)])
-    assert relu_panel(records, (1.1, 1.2, 4.0)) == ("faster than dense at each point", [])
-    assert relu_panel(records, (0.2, 0.3, 0.9)) == ("slower than dense at each point", [])
-
-
-def keep_labels(records, dense_ms):
-    """What the plot of time against keep ratio says of curves whose dyncore takes 1, 2 and 3 ms."""
-    curve = []
-    for keep, ms in ((0.25, 1.0), (0.5, 2.0), (1.0, 3.0)):
-        record = json.loads(json.dumps(records[0])) | {"keep_ratio": keep}
-        record["variants"]["dyncore"]["median_ms"] = ms
-        record["variants"]["dense"]["median_ms"] = dense_ms
-        curve.append(record)
-    axes = plots.keep_plot(curve, "").axes[0]
-    dashed = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"]
-    return axes.get_legend_handles_labels()[1][-1], dashed
-
-
-def test_a_break_even_is_drawn_where_the_curves_cross_alone(records):
-    assert keep_labels(records, 2.5) == ("faster than dense up to keep 0.75", [pytest.approx(0.75)])
-    assert keep_labels(records, 4.0) == ("faster than dense at each point", [])
-    assert keep_labels(records, 0.5) == ("slower than dense at each point", [])
-
-
-def test_the_table_and_the_top_of_the_page_say_what_the_rivals_are(records):
+def test_the_table_says_what_the_rivals_are(records):
     (line,) = [line for line in str(table.render(records)[-1].caption).splitlines() if line.startswith("dense: ")]
     assert all(f"{heading}: " in line for heading in ("dense", "naive", "grouped_mm", "equal FLOPs"))
-    results = {"records": records, "errors": [], "interrupted": False, "command": "dyncore bench", "created": "now"}
-    text = page.page(results | {"environment": dc.measure.environment()}, {})
-    assert text.index(line) < text.index("faster than dense") < text.index("<table>")
 
 
 def test_a_quiet_machine_has_no_warnings(monkeypatch):
@@ -348,15 +319,6 @@ def test_usable_cores_are_those_of_the_affinity_or_of_the_quota(monkeypatch, tmp
     monkeypatch.setattr(environment, "_CPU_QUOTA", tmp_path / "cpu.max")
     monkeypatch.setattr(environment.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     assert environment.usable_cores() == cores
-
-
-def test_the_page_escapes_what_it_is_given(records):
-    errors = [{"point": "<p>", "variant": "naive", "message": "<script>"}]
-    results = {"records": records, "errors": errors, "interrupted": True, "command": "<b>", "created": "now"}
-    text = page.page(results | {"environment": dc.measure.environment()}, {})
-    assert "<script>" not in text
-    assert "&lt;script&gt;" in text
-    assert "Interrupted" in text
 
 
 def test_the_bench_ends_with_an_error_on_wrong_numbers(small_caches, monkeypatch, tmp_path, capsys):

@@ -1,7 +1,7 @@
 """dyncore.bench: the main job, `dyncore bench`: mechanisms against their rivals, on synthetic and on recorded input.
 
 Floor 5. Points are described in token_skipping.py, moe.py and relu_sparsity.py, checked and timed in contest.py, swept
-in run.py and shown by table.py, plots.py and page.py. The last three need the extra dyncore[bench].
+in run.py and shown by table.py and dyncore.report, which need the extra dyncore[bench].
 """
 
 from __future__ import annotations

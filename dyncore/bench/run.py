@@ -13,11 +13,11 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from dyncore.bench import compare, points
 from dyncore.bench.contest import Point, measure
-from dyncore.bench.page import write_page
-from dyncore.bench.plots import write_plots
-from dyncore.bench.table import one_line, render, summary
+from dyncore.bench.table import one_line, render
 from dyncore.measure.environment import timing_warnings
 from dyncore.measure.records import new_results, write_results
+from dyncore.report import read_document, report_page
+from dyncore.report.summary import sentences
 
 INTERRUPTED = 130  # exit status of a process that Ctrl-C ended
 
@@ -75,7 +75,7 @@ def sweep(chosen: Sequence[Point], folder: Path, options: Options, console: Cons
 
 
 def run(options: Options) -> int:
-    """Sweep, print the table, write results.json, plots and index.html; the exit status."""
+    """Sweep, print the table, write results.json and index.html; the exit status."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     folder = options.out
@@ -85,10 +85,12 @@ def run(options: Options) -> int:
     chosen = points(options.names, options.size, options.dtype)
     results = sweep(chosen, folder, options, log)
     if results["records"]:
-        write_page(folder, results, write_plots(folder, results["records"]))  # first: a reader of the output may leave
+        document = read_document(folder / "results.json")
+        page = report_page([document])
+        (folder / "index.html").write_text(page, encoding="utf-8")  # first: a reader of the output may leave
         for table in render(results["records"]):
             out.print(table)
-        for sentence in summary(results):
+        for sentence in sentences(document.comparisons):
             out.print(sentence, highlight=False, soft_wrap=True)
         for warning in results["warnings"]:
             out.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)

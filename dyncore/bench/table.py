@@ -1,30 +1,19 @@
-"""Records as people read them: a line while the sweep runs, a table a mechanism after it, sentences that sum it up."""
+"""Records as people read them: a line while the sweep runs, a table a mechanism after it."""
 
 from __future__ import annotations
 
-import statistics
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
+from dyncore.report.rivals import heading
+
 NOISY = "~"  # after a ratio
 _NOISY_ABOVE = 0.3
 SPREAD = f"{NOISY}: samples of either side spread by more than {_NOISY_ABOVE:.0%} (interquartile range over median)"
+_OTHERS = ("naive", "grouped_mm", "equal_flops", "csr", "own")
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
-RIVALS = {  # record name -> (heading, what it is)
-    "dense": ("dense", "the same layer in PyTorch without skipping; for MoE, every expert on every row"),
-    "naive": (
-        "naive",
-        "PyTorch as one writes it: index_select, linear, index_add; for MoE, a loop over the experts; for ReLU, "
-        "index_select of the neurons that are on in some row",
-    ),
-    "grouped_mm": ("grouped_mm", "torch.nn.functional.grouped_mm on gathered rows"),
-    "equal_flops": ("equal FLOPs", "a static dense MLP of equal active FLOPs, another function"),
-    "csr": ("CSR", "torch.sparse: the activations compressed on each call, and its product with the weights"),
-    "own": ("own dense", "dyncore's own kernels with nothing skipped"),
-}
-
 RIVALS_LINE = (
     "dense: nothing skipped (MoE: every expert); naive: index_select, linear, index_add (MoE: a loop over experts; "
     "ReLU: the neurons that are on in some row); grouped_mm: torch's own; equal FLOPs: a static MLP of equal FLOPs; "
@@ -85,7 +74,7 @@ def cells(record: dict[str, Any]) -> list[str]:
         _number(record["flop_speedup"]),
         _ratio(record, record["wall_clock_speedup"], "dense"),
         _ratio(record, record["se"], "dense"),
-        *(_ratio(record, against.get(name), name) for name in RIVALS if name != "dense"),
+        *(_ratio(record, against.get(name), name) for name in _OTHERS),
     ]
 
 
@@ -104,7 +93,7 @@ COLUMNS = [
     "FLOPs x",
     "time x",
     "SE",
-    *(f"vs {heading}" for name, (heading, _) in RIVALS.items() if name != "dense"),
+    *(f"vs {heading(name)}" for name in _OTHERS),
 ]
 
 
@@ -159,22 +148,5 @@ def one_point(record: dict[str, Any]) -> str:
 
 def one_line(record: dict[str, Any]) -> str:
     """What is printed when a point is done."""
-    against = ", ".join(f"{x:.2f}x {RIVALS[name][0]}" for name, x in record["against"].items())
+    against = ", ".join(f"{x:.2f}x {heading(name)}" for name, x in record["against"].items())
     return f"{one_point(record)}: {milliseconds(record['variants']['dyncore'])} ms, {against}"
-
-
-def summary(results: dict[str, Any]) -> list[str]:
-    """One sentence a mechanism: at how many points it is faster, and what a saved FLOP was worth."""
-    sentences = []
-    for mechanism in dict.fromkeys(r["mechanism"] for r in results["records"]):
-        records = [r for r in results["records"] if r["mechanism"] == mechanism]
-        counts = []
-        for rival, (heading, _) in RIVALS.items():
-            speedups = [r["against"][rival] for r in records if rival in r["against"]]
-            if speedups:
-                wins = sum(x > 1 for x in speedups)
-                counts.append(f"{heading} at {wins} of {len(speedups)} (median {statistics.median(speedups):.2f}x)")
-        se = [r["se"] for r in records if r["se"] is not None and r["flop_speedup"] > 1]
-        worth = f"; SE {statistics.median(se):.2f} in the median, {min(se):.2f} to {max(se):.2f}" if se else ""
-        sentences.append(f"{mechanism}: faster than {', '.join(counts)}{worth}.")
-    return sentences

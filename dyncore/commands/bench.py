@@ -22,7 +22,7 @@ def add(commands: Commands) -> None:
         "bench",
         help="measure token skipping, mixture of experts and ReLU sparsity against dense and naive PyTorch",
         description="Measures dyncore against dense and naive PyTorch, in interleaved rounds, after checking that all "
-        "give the same numbers. Prints a table; writes results.json, plots and index.html. Ctrl-C keeps what was "
+        "give the same numbers. Prints a table; writes results.json and index.html. Ctrl-C keeps what was "
         "measured.",
         epilog="examples: dyncore bench --quick | dyncore bench moe --full --dtype bf16 --threads 1 --out results | "
         "dyncore bench token-skipping --compare results/results.json",

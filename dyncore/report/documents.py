@@ -12,10 +12,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
+_FEW = 0.05  # a curve down to this share or below has most of its points where little is left
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Comparison:
     """What one point took with and without skipping.
 
     Attributes:
-        mechanism, name: what it is, and which of its kind.
+        mechanism, input, shape: what it is, of which kind of input, and of which size; or `input` is its name.
         keep: the share that was executed; None where it is not known.
         executed, dense: FLOPs; dense is None where computing everything took no part.
         ms: medians by variant: "dyncore", "dense" and others; spread: of dyncore's.
@@ -31,7 +33,8 @@ class Comparison:
     """
 
     mechanism: str
-    name: str
+    input: str
+    shape: str
     dtype: str
     phase: str
     keep: float | None
@@ -44,9 +47,19 @@ class Comparison:
     source: str = ""
 
     @property
+    def name(self) -> str:
+        """Which of its mechanism."""
+        return f"{self.input} {self.shape}".strip()
+
+    @property
     def curve(self) -> tuple[str, ...]:
         """What tells it from all but those of the same file that differ in `keep`."""
         return (self.mechanism, self.name, self.dtype, self.phase, self.source)
+
+    @property
+    def against(self) -> dict[str, float]:
+        """Wall-clock speed-ups of dyncore over each rival."""
+        return {name: ms / self.ms["dyncore"] for name, ms in self.ms.items() if name != "dyncore"}
 
     @property
     def speedup(self) -> float | None:
@@ -61,12 +74,14 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One file: what it says of itself, and what it holds of each kind."""
+    """One file: what it says of itself, and what it holds of each kind; `unavailable`: rivals that could not run, with
+    the reason."""
 
     path: str
     head: Record
     comparisons: list[Comparison]
     zeros: list[Record]
+    unavailable: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
     ranking: Record | None = None
     audit: Record | None = None
 
@@ -97,7 +112,8 @@ def _of_results(record: Record) -> Comparison | None:
     shape = " ".join(f"{letter}={size}" for letter, size in (record.get("shape") or {}).items())
     return Comparison(
         mechanism=str(record["mechanism"]),
-        name=f"{record.get('input', '')} {shape}".strip(),
+        input=_input(record),
+        shape=shape,
         dtype=str(record.get("dtype", "")),
         phase=str(record.get("phase", "forward")),
         keep=record.get("keep_ratio"),
@@ -108,6 +124,11 @@ def _of_results(record: Record) -> Comparison | None:
         bytes=_bytes(record, flops.get("executed")),
         stages=_stages(record),
     )
+
+
+def _input(record: Record) -> str:
+    units = record.get("granularity", "row")
+    return str(record.get("input", "")) + ("" if units == "row" else f" by {units}")
 
 
 def _stages(record: Record) -> dict[str, float]:
@@ -126,7 +147,8 @@ def _of_savings(record: Record) -> Comparison | None:
     named = {"dyncore": timings[ours], "dense": timings[theirs], **others}
     return Comparison(
         mechanism=str(record.get("kind", "savings")),
-        name=name,
+        input=name,
+        shape="",
         dtype=str(record.get("dtype") or str(record.get("input", "")).rpartition(" ")[2]),
         phase="forward",
         keep=record.get("density"),
@@ -171,12 +193,40 @@ def _document(path: str, found: Record, schema: str) -> Document:
         if "zero_fraction" in (r.get("sparsity") or r)
     ]
     compared = [dataclasses.replace(c, source=path) for c in map(_comparison, records) if c is not None]
-    head = {name: value for name, value in found.items() if name not in ("records", "examples")}
+    head = {
+        name: value for name, value in found.items() if name not in ("records", "examples", "pictures", "mean_ranks")
+    }
     return Document(
         path,
         head,
         compared,
         zeros,
+        {str(name): str(why) for r in records for name, why in (r.get("unavailable") or {}).items()},
         ranking=found if schema.startswith("dyncore.ranking") else None,
         audit=found if schema.startswith("dyncore.audit") else None,
     )
+
+
+def compared(documents: Sequence[Document]) -> list[Comparison]:
+    """Those of all documents."""
+    return [c for document in documents for c in document.comparisons]
+
+
+def by_mechanism(points: Sequence[Comparison]) -> dict[str, list[Comparison]]:
+    """Points of each mechanism, in the order in which they come."""
+    found: dict[str, list[Comparison]] = {}
+    for point in points:
+        found.setdefault(point.mechanism, []).append(point)
+    return found
+
+
+def curves(points: Sequence[Comparison], *, sparse: bool) -> dict[tuple[str, ...], list[Comparison]]:
+    """Points that differ in their keep ratio alone, three at least, by keep ratio; `sparse`: those that go down to
+    where next to nothing stays, whose ratios need a logarithmic axis, or the others."""
+    found: dict[tuple[str, ...], list[Comparison]] = {}
+    for point in points:
+        if point.keep is not None and point.speedup is not None:
+            found.setdefault(point.curve, []).append(point)
+    ordered = {key: sorted(of, key=lambda c: c.keep or 0.0) for key, of in found.items()}
+    ordered = {key: of for key, of in ordered.items() if len({c.keep for c in of}) >= 3}
+    return {key: of for key, of in ordered.items() if ((of[0].keep or 0.0) <= _FEW) == sparse}

@@ -11,43 +11,17 @@ from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
 from dyncore.measure.figures import THEMES, legend, new_figure, style
 from dyncore.measure.savings import break_even
-from dyncore.report.documents import Comparison, Document
+from dyncore.report.axes import COLOURS, WIDTH, plain, ratios
+from dyncore.report.documents import Comparison, Document, by_mechanism, compared, curves
+from dyncore.report.rankings import rank_figure
+from dyncore.report.rivals import rivals_figure, zeros_figure
 
-# Okabe and Ito's: told apart by readers who see few colours, on light paper and on dark
-COLOURS = ("#0a84d0", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8c959f", "#b8a200")
-_INK, _LINES = THEMES[""][1:]
+_INK = THEMES[""][1]
 _NAMED = 6  # curves of a panel that a legend names; of more only their number is said
 _PANELS = 12
 _LAYERS = 8
 _BINS = 20
-_WIDTH = 6.0  # inches: text stays readable where a phone shows them
 STAGES = ("deciding", "compacting", "gathering", "computing", "scattering")
-
-
-def _plain(value: float, _: object = None) -> str:
-    return f"{value:g}"
-
-
-def _ratios(axes: Axes, which: str) -> None:
-    """Powers of two on a logarithmic axis."""
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
-    every = [2.0**i for i in range(-10, 14) if low <= 2.0**i <= high]
-    axis.set_ticks(every[:: 1 + len(every) // 9])
-    axis.set_major_formatter(FuncFormatter(_plain))
-    axis.set_minor_locator(NullLocator())
-
-
-def compared(documents: Sequence[Document]) -> list[Comparison]:
-    """Those of all documents."""
-    return [c for document in documents for c in document.comparisons]
-
-
-def _by_mechanism(points: Sequence[Comparison]) -> dict[str, list[Comparison]]:
-    found: dict[str, list[Comparison]] = {}
-    for point in points:
-        found.setdefault(point.mechanism, []).append(point)
-    return found
 
 
 def speedup_figure(documents: Sequence[Document]) -> Figure | None:
@@ -55,13 +29,16 @@ def speedup_figure(documents: Sequence[Document]) -> Figure | None:
     points = [c for c in compared(documents) if c.flop_speedup and c.speedup]
     if not points:
         return None
-    groups = _by_mechanism(points)
-    figure = new_figure(_WIDTH, 5.2 + 0.12 * len(groups), "")
+    groups = by_mechanism(points)
+    figure = new_figure(WIDTH, 5.2 + 0.12 * len(groups), "")
     axes = figure.subplots()
     for i, (mechanism, of) in enumerate(groups.items()):
         x, y = [c.flop_speedup or 0.0 for c in of], [c.speedup or 0.0 for c in of]
         marker = "os^vDPX*"[i // len(COLOURS) % 8]
         axes.scatter(x, y, s=18, marker=marker, color=COLOURS[i % len(COLOURS)], label=mechanism, zorder=3)
+    naive = [(c.flop_speedup or 0.0, c.ms["dense"] / c.ms["naive"]) for c in points if "naive" in c.ms]
+    hollow: dict[str, Any] = {"s": 18, "facecolors": "none", "edgecolors": COLOURS[6], "label": "naive PyTorch"}
+    axes.scatter(*zip(*naive, strict=True), **hollow) if naive else None
     values = [v for c in points for v in (c.flop_speedup, c.speedup) if v]
     low, high = min(0.9, *values) * 0.9, max(2.0, *values) * 1.15
     axes.plot([low, high], [low, high], color=_INK, linewidth=1, label="y = x: each saved FLOP saves its time")
@@ -69,21 +46,11 @@ def speedup_figure(documents: Sequence[Document]) -> Figure | None:
     axes.set(xscale="log", yscale="log")
     axes.set(xlim=(min(0.9, *(c.flop_speedup or 1 for c in points)), high), ylim=(low, high))
     axes.set(xlabel="FLOP speed-up", ylabel="wall-clock speed-up")
-    _ratios(axes, "x")
-    _ratios(axes, "y")
+    ratios(axes, "x")
+    ratios(axes, "y")
     style(axes, "")
     legend(axes, "")
     return figure
-
-
-def curves(points: Sequence[Comparison]) -> dict[tuple[str, ...], list[Comparison]]:
-    """Points that differ in their keep ratio alone, three at least, by keep ratio."""
-    found: dict[tuple[str, ...], list[Comparison]] = {}
-    for point in points:
-        if point.keep is not None and point.speedup is not None:
-            found.setdefault(point.curve, []).append(point)
-    ordered = {key: sorted(of, key=lambda c: c.keep or 0.0) for key, of in found.items()}
-    return {key: of for key, of in ordered.items() if len({c.keep for c in of}) >= 3}
 
 
 def _panel(axes: Axes, mechanism: str, lines: list[list[Comparison]]) -> None:
@@ -116,12 +83,12 @@ def _panel(axes: Axes, mechanism: str, lines: list[list[Comparison]]) -> None:
 
 def keep_figure(documents: Sequence[Document]) -> Figure | None:
     """Time against keep ratio, with the break-even: a panel for each mechanism."""
-    found = curves(compared(documents))
+    found = curves(compared(documents), sparse=False)
     mechanisms = list(dict.fromkeys(key[0] for key in found))[:_PANELS]
     if not mechanisms:
         return None
     groups = [[of for key, of in found.items() if key[0] == mechanism] for mechanism in mechanisms]
-    figure = new_figure(_WIDTH, 3.9 * len(mechanisms), "")
+    figure = new_figure(WIDTH, 3.9 * len(mechanisms), "")
     panels = figure.subplots(len(mechanisms), squeeze=False).flatten()
     for axes, mechanism, lines in zip(panels, mechanisms, groups, strict=True):
         _panel(axes, mechanism, lines)
@@ -133,7 +100,7 @@ def roofline_figure(documents: Sequence[Document]) -> Figure | None:
     points = [c for c in compared(documents) if c.bytes and c.executed]
     if not points:
         return None
-    figure = new_figure(_WIDTH, 4.8, "")
+    figure = new_figure(WIDTH, 4.8, "")
     axes = figure.subplots()
     intensities = [(c.executed or 0) / (c.bytes or 1) for c in points]
     low, high = min(intensities) / 1.5, max(intensities) * 1.5
@@ -158,7 +125,7 @@ def roofline_figure(documents: Sequence[Document]) -> Figure | None:
     axes.set(xscale="log", yscale="log", xlabel="FLOPs per byte that must be moved", ylabel="GFLOP/s")
     axes.set_xlim(low, high)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(_plain))
+        axis.set_major_formatter(FuncFormatter(plain))
         axis.set_minor_locator(NullLocator())
     style(axes, "")
     legend(axes, "")
@@ -171,7 +138,7 @@ def stages_figure(documents: Sequence[Document]) -> Figure | None:
     if not points:
         return None
     points = points[:30]
-    figure = new_figure(_WIDTH, 1.6 + 0.32 * len(points), "")
+    figure = new_figure(WIDTH, 1.6 + 0.32 * len(points), "")
     axes = figure.subplots()
     names = [n for n in STAGES if any(n in c.stages for c in points)]
     names += sorted({n for c in points for n in c.stages if n not in STAGES})
@@ -222,7 +189,7 @@ def sparsity_figure(documents: Sequence[Document]) -> Figure | None:
     panels = [panel for panel in panels if panel[0]]
     if not panels:
         return None
-    figure = new_figure(_WIDTH, 3.6 * len(panels), "")
+    figure = new_figure(WIDTH, 3.6 * len(panels), "")
     for axes, (rows, what, of) in zip(figure.subplots(len(panels), squeeze=False).flatten(), panels, strict=True):
         _histogram(axes, rows, what, of)
     return figure
@@ -240,6 +207,16 @@ FIGURES: dict[str, tuple[str, str, Callable[[Sequence[Document]], Figure | None]
         "Time over that of computing everything. Under the dashed line skipping is faster; | marks the break-even.",
         keep_figure,
     ),
+    "zeros": (
+        "Speed-up against what is left out",
+        "Over computing everything, where next to nothing stays: zeros of a ReLU.",
+        zeros_figure,
+    ),
+    "rivals": (
+        "Against each rival",
+        "Wall-clock speed-ups of dyncore, a dot for each point; right of the dashed line it is faster.",
+        rivals_figure,
+    ),
     "roofline": (
         "Roofline",
         "Executed FLOPs a second, against FLOPs per byte that a call must move at least. The roof is the highest rate "
@@ -251,5 +228,10 @@ FIGURES: dict[str, tuple[str, str, Callable[[Sequence[Document]], Figure | None]
         "Zeros of activations",
         "Which tokens have many zeros, and which neurons fire often.",
         sparsity_figure,
+    ),
+    "ranks": (
+        "Rank against rank",
+        "Each example by the compute that two methods spend on it, from least to most.",
+        rank_figure,
     ),
 }

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import os
-import statistics
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from dyncore.report.documents import Comparison, Document, read_document
-from dyncore.report.figures import FIGURES, compared
+from dyncore.report.documents import Comparison, Document, compared, read_document
+from dyncore.report.figures import FIGURES
+from dyncore.report.rankings import heat_table, pictures
+from dyncore.report.rivals import RIVALS, heading, rivals_of
+from dyncore.report.summary import sentences
 from dyncore.report.svg import inline_svg
 
 _STYLE = """
@@ -28,6 +29,9 @@ table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabul
 td, th { border-bottom: 1px solid var(--lines); padding: .25rem .4rem; text-align: right; vertical-align: top }
 td.text, th.text { text-align: left; overflow-wrap: break-word; min-width: 7rem }
 tbody tr:nth-child(even) { background: var(--band) }
+.pictures { display: flex; flex-wrap: wrap; gap: 1rem; list-style: none; padding: 0 }
+.pictures li { width: 7.5rem; font-size: .75rem } .pictures span { display: block }
+.pictures img { width: 100%; image-rendering: pixelated; border: 1px solid var(--lines) }
 .heat td { text-align: center } .gain { color: var(--gain) } .loss { color: var(--loss) }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem } dd { margin: 0; overflow-wrap: anywhere }
 summary { cursor: pointer }
@@ -44,8 +48,8 @@ def _cell(value: Any, tag: str = "td") -> str:
     """A cell; numbers as they are read, speed-ups (of the form "1.20x") in their colour."""
     text = "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
     kind = "text" if isinstance(value, _Text) else ""
-    if tag == "td" and not kind and text.endswith("x"):
-        kind = "gain" if float(text[:-1]) >= _GAIN else "loss"
+    if tag == "td" and not kind and text.rstrip("~").endswith("x"):
+        kind = "gain" if float(text.rstrip("~")[:-1]) >= _GAIN else "loss"
     return f"<{tag}{f' class={chr(34)}{kind}{chr(34)}' if kind else ''}>{escape(text)}</{tag}>"
 
 
@@ -83,24 +87,6 @@ def _machine(head: dict[str, Any]) -> str:
     return "<dl>" + "".join(f"<dt>{k}</dt><dd>{escape(str(v))}</dd>" for k, v in facts.items() if v) + "</dl>"
 
 
-def _sentences(points: Sequence[Comparison]) -> list[str]:
-    """One for each mechanism: at how many points it was faster, and what a saved FLOP was worth."""
-    said: list[str] = []
-    for mechanism in dict.fromkeys(c.mechanism for c in points):
-        of = [c for c in points if c.mechanism == mechanism and c.speedup is not None]
-        if not of:
-            continue
-        speedups = [c.speedup or 0.0 for c in of]
-        wins = sum(s > 1 for s in speedups)
-        text = f"{mechanism}: faster than computing everything at {wins} of {len(of)} points"
-        text += f" ({statistics.median(speedups):.2f}x in the median, {min(speedups):.2f}x to {max(speedups):.2f}x)"
-        se = [(c.speedup or 0.0) / c.flop_speedup for c in of if c.flop_speedup and c.flop_speedup > _GAIN]
-        if se:
-            text += f"; wall-clock speed-up over FLOP speed-up {statistics.median(se):.2f} in the median"
-        said.append(f"{text}.")
-    return said
-
-
 def _audit(audit: dict[str, Any]) -> str:
     model = audit["model"]
     parts = [f"<h2>Audit of {escape(model['class'])}</h2>"]
@@ -133,29 +119,6 @@ def _audit(audit: dict[str, Any]) -> str:
     return "".join(parts) + _list(audit.get("notes", []))
 
 
-def _heat(ranking: dict[str, Any]) -> str:
-    """Agreement of methods, darker where it is higher; a table, so that it can be read and copied."""
-    methods = ranking["methods"]
-
-    def cell(value: float | None) -> str:
-        if value is None or math.isnan(value):
-            return "<td>-</td>"
-        colour = "10, 132, 208" if value >= 0 else "213, 94, 0"
-        return f'<td style="background: rgba({colour}, {min(1.0, abs(value)) * 0.6:.2f})">{value:.2f}</td>'
-
-    head = "".join(_cell(name, "th") for name in ["", *methods])
-    rows = "".join(
-        f"<tr>{_cell(_Text(name))}{''.join(map(cell, row))}</tr>"
-        for name, row in zip(methods, ranking["tau"], strict=True)
-    )
-    return (
-        '<figure id="figure-ranking"><h2>Do methods agree on which examples need most compute?</h2><figcaption>'
-        f"Kendall's tau-b over {ranking['examples']} examples; on the diagonal between a method's own seeds, which is "
-        f'the noise ceiling.</figcaption><div class="wide"><table class="heat"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div></figure>"
-    )
-
-
 def _bars(bars: Sequence[dict[str, Any]]) -> str:
     rows = []
     for bar in bars:
@@ -170,9 +133,14 @@ def _bars(bars: Sequence[dict[str, Any]]) -> str:
 
 
 def _points(points: Sequence[Comparison]) -> str:
-    head = [*map(_Text, ("mechanism", "point", "dtype")), "keep", "GFLOP", "ms", "dense ms", "FLOPs", "time"]
-    rows = [
-        [
+    """Every point, with a column for each rival that took part."""
+    rivals = [name for name in rivals_of(points) if name != "dense"]
+    head = [*map(_Text, ("mechanism", "point", "dtype")), "keep", "GFLOP", "ms", "dense ms", "FLOPs", "time", "SE"]
+    head += [f"vs {heading(name)}" for name in rivals]
+    rows: list[list[Any]] = []
+    for c in points:
+        noisy = c.spread > _NOISY_ABOVE
+        row: list[Any] = [
             _Text(c.mechanism),
             _Text(c.name + ("" if c.phase == "forward" else ", forward and backward")),
             _Text(c.dtype),
@@ -181,14 +149,17 @@ def _points(points: Sequence[Comparison]) -> str:
             f"{c.ms['dyncore']:.3g} ±{c.spread:.0%}",
             c.ms.get("dense"),
             _times(c.flop_speedup),
-            _times(c.speedup, c.spread > _NOISY_ABOVE),
+            _times(c.speedup, noisy),
+            c.speedup / c.flop_speedup if c.speedup and c.flop_speedup else None,
         ]
-        for c in points
-    ]
+        rows.append(row + [_times(c.against.get(name), noisy) for name in rivals])
+    known = [f"{heading(name)}: {RIVALS[name][1]}" for name in ("dense", *rivals) if name in RIVALS]
     return (
         f"<details><summary>All {len(points)} points</summary>{_table(head, rows)}<p>FLOPs are 2 per multiply-add, "
         "matrix products alone, counted as executed; times are medians of interleaved rounds, ± the interquartile "
-        "range; speed-ups are over computing everything, ~ where samples spread by more than 30%.</p></details>"
+        "range, and include the making of plans and index lists; speed-ups are over computing everything, SE is that "
+        "of time over that of FLOPs, ~ where dyncore's samples spread by more than 30%; vs: over a rival.</p>"
+        f"{_list(known)}</details>"
     )
 
 
@@ -196,12 +167,14 @@ def _file(document: Document) -> str:
     """What one file says of itself."""
     head = document.head
     errors = [f"{e['point']}: {e.get('variant', '')}: {e['message']}" for e in head.get("errors") or []]
+    missing = sorted({f"{heading(name)}: {why}" for name, why in document.unavailable.items()})
     parts = [
         f"<h3>{escape(Path(document.path).name)}</h3>",
         "<p><strong>Interrupted: not everything was measured.</strong></p>" if head.get("interrupted") else "",
         "".join(f"<p><strong>Warning: {escape(text)}</strong></p>" for text in head.get("warnings") or []),
         _machine(head),
         "<p>Errors:</p>" + _list(errors) if errors else "",
+        "<p>Not available there:</p>" + _list(missing) if missing else "",
         _bars(head["bars"]) if isinstance(head.get("bars"), list) else "",
     ]
     return "".join(parts)
@@ -220,10 +193,10 @@ def report_page(documents: Sequence[Document]) -> str:
             )
     parts = [
         "<h1>dyncore report</h1>",
-        _list(_sentences(points)),
+        _list(sentences(points)),
         *(_audit(d.audit) for d in documents if d.audit is not None),
         *figures,
-        *(_heat(d.ranking) for d in documents if d.ranking is not None),
+        *(heat_table(d.ranking) + pictures(d.ranking) for d in documents if d.ranking is not None),
         _points(points) if points else "",
         "<h2>Files</h2>",
         *map(_file, documents),
@@ -236,12 +209,34 @@ def report_page(documents: Sequence[Document]) -> str:
     )
 
 
-def write_report(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> None:
-    """Write the report of some files of results: `dyncore bench`, benchmarks, savings, activation_sparsity, audits and
-    rankings in any mixture.
+def write_report(
+    paths: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    pictures: str | os.PathLike[str] | None = None,
+) -> None:
+    """Write the report of some files of results: `dyncore bench`, benchmarks, sweeps, savings, activation_sparsity,
+    audits and rankings in any mixture.
+
+    Args:
+        paths: of the files, one at least.
+        out: the HTML file.
+        pictures: a folder, made where it is not there, into which each figure goes as <name>.png, too.
 
     Raises ValueError where a file cannot be read or is none of these, or none is given.
     """
     if not paths:
         raise ValueError("results: expected at least one file, got none")
-    Path(out).write_text(report_page([read_document(path) for path in paths]), encoding="utf-8")
+    documents = [read_document(path) for path in paths]
+    Path(out).write_text(report_page(documents), encoding="utf-8")
+    if pictures is not None:
+        write_pictures(documents, pictures)
+
+
+def write_pictures(documents: Sequence[Document], folder: str | os.PathLike[str]) -> None:
+    """Each figure that the documents have data for, as <name>.png."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, (_, _, draw) in FIGURES.items():
+        figure = draw(documents)
+        if figure is not None:
+            figure.savefig(Path(folder) / f"{name}.png", facecolor=figure.get_facecolor())

@@ -20,10 +20,13 @@ from dyncore.nn import Skip
 
 pytest.importorskip("matplotlib")
 from dyncore.report import read_document, report_page, write_report
-from dyncore.report.figures import curves
+from dyncore.report.documents import curves
+from dyncore.report.rivals import zeros_figure
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
-FIGURES = ("speedup", "keep", "roofline", "stages", "sparsity", "ranking")
+DRAWN = ("speedup", "keep", "zeros", "rivals", "roofline", "stages", "sparsity", "ranks")
+FIGURES = (*DRAWN, "ranking", "disputed")
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4nGNgYGBgAAAABQABpfZFQAAAAABJRU5ErkJggg=="  # black
 VOID = {"meta", "link", "br", "img", "path", "use", "input"}
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
@@ -57,7 +60,7 @@ class Parsed(html.parser.HTMLParser):
         self.text.append(data)
 
 
-def results(keeps=(0.25, 0.5, 1.0), **more):
+def results(keeps=(0.25, 0.5, 1.0), dense_ms=1.0, **more):
     """A document as dyncore bench writes it; dyncore is faster than dense below a share of 0.8."""
     records = [
         {
@@ -70,7 +73,8 @@ def results(keeps=(0.25, 0.5, 1.0), **more):
             "flops": {"executed": int(keep * 4 * 512 * 64 * 256), "dense": 4 * 512 * 64 * 256},
             "variants": {
                 "dyncore": {"median_ms": 1.25 * keep, "spread": 0.02, "samples_ns": [1]},
-                "dense": {"median_ms": 1.0, "spread": 0.01, "samples_ns": [1]},
+                "dense": {"median_ms": dense_ms, "spread": 0.01, "samples_ns": [1]},
+                "naive": {"median_ms": 2.0 * keep, "spread": 0.01, "samples_ns": [1]},
             },
             "stages": {"deciding": 0.1, "gathering": 0.2, "computing": 0.6, "scattering": 0.1},
         }
@@ -87,7 +91,10 @@ def zeros():
 
 def ranking():
     tau = [[0.8, 0.3], [0.3, None]]
-    return {"schema": "dyncore.ranking/1", "methods": ["exit", "moe"], "examples": 100, "tau": tau}
+    ranks = [[i / 99 for i in range(100)], [1 - i / 99 for i in range(100)]]
+    shown = [{"png": PIXEL, "text": f"a <{digit}>"} for digit in (3, 8)]
+    more = {"mean_ranks": ranks, "pictures": shown}
+    return {"schema": "dyncore.ranking/1", "methods": ["exit", "moe"], "examples": 100, "tau": tau, **more}
 
 
 def written(folder, document, name="results.json"):
@@ -107,7 +114,12 @@ def everything(tmp_path_factory):
     torch.manual_seed(0)
     relu = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
     audit(relu, torch.randn(8, 16), seconds=0.001).to_json(folder / "audit.json")
-    documents = {"results.json": results(), "zeros.json": zeros(), "ranking.json": ranking()}
+    documents = {
+        "results.json": results(),
+        "relu.json": results((0.01, 0.1, 0.5, 1.0)),
+        "zeros.json": zeros(),
+        "ranking.json": ranking(),
+    }
     paths = [written(folder, document, name) for name, document in documents.items()]
     out = folder / "report.html"
     write_report([*paths, folder / "audit.json"], out)
@@ -120,7 +132,7 @@ def test_every_figure_is_there_and_the_page_is_sound(everything):
     assert page.open == []
     assert len(page.ids) == len(set(page.ids))
     assert {f"figure-{name}" for name in FIGURES} <= set(page.ids)
-    assert page.tags.count("svg") == len(FIGURES) - 1
+    assert page.tags.count("svg") == len(DRAWN)
     assert 'name="viewport"' in text
     assert "prefers-color-scheme: dark" in text
 
@@ -156,8 +168,29 @@ def test_what_files_say_is_text_and_no_markup(write):
 
 def test_the_summary_counts_points(write):
     text = report_page([read_document(write(results()))])
-    assert "token-skipping: faster than computing everything at 2 of 3 points (1.60x in the median" in text
-    assert "break-even at 0.80" in text
+    said = "token-skipping: faster than dense at 2 of 3 (median 1.60x), naive at 3 of 3 (median 1.60x); SE 0.80 in the"
+    assert said in text
+
+
+@pytest.mark.parametrize(
+    ("dense_ms", "kept", "left_out"),
+    [
+        (1.0, "break-even at 0.80", "faster from 20% on"),
+        (2.0, "faster everywhere", "faster at each point"),
+        (0.01, "slower everywhere", "slower at each point"),
+    ],
+)
+def test_a_break_even_is_named_where_the_curves_cross_alone(dense_ms, kept, left_out, write):
+    assert kept in report_page([read_document(write(results(dense_ms=dense_ms)))])
+    few = read_document(write(results((0.05, 0.5, 1.0), dense_ms=dense_ms)))
+    (axes,) = zeros_figure([few]).axes
+    assert axes.get_legend_handles_labels()[1][0] == f"random <b>, float32: {left_out}"
+
+
+def test_rivals_that_could_not_run_are_named_with_the_reason(write):
+    document = results()
+    document["records"][0]["unavailable"] = {"csr": "NotImplementedError: bf16"}
+    assert "<li>CSR: NotImplementedError: bf16</li>" in report_page([read_document(write(document))])
 
 
 def test_warnings_errors_bars_and_an_interruption_are_said(write):
@@ -174,12 +207,13 @@ def test_warnings_errors_bars_and_an_interruption_are_said(write):
 
 def test_curves_of_two_files_are_not_mixed(write):
     documents = [read_document(write(results(), name)) for name in ("a.json", "b.json")]
-    assert len(curves([c for d in documents for c in d.comparisons])) == 2
-    assert curves(read_document(write(results((0.5, 1.0)))).comparisons) == {}
+    assert len(curves([c for d in documents for c in d.comparisons], sparse=False)) == 2
+    assert curves(read_document(write(results((0.5, 1.0)))).comparisons, sparse=False) == {}
 
 
 def test_without_data_a_figure_is_left_out(write):
-    page = Parsed(report_page([read_document(write(ranking()))]))
+    bare = {name: value for name, value in ranking().items() if name not in ("mean_ranks", "pictures")}
+    page = Parsed(report_page([read_document(write(bare))]))
     assert [name for name in page.ids if name.startswith("figure-")] == ["figure-ranking"]
 
 
@@ -191,12 +225,12 @@ def test_savings_are_drawn(write):
     assert point.speedup == pytest.approx(record["wall_clock_speedup"])
 
 
-@pytest.mark.parametrize("name", sorted(str(p.relative_to(RESULTS)) for p in RESULTS.rglob("*.json")))
-def test_the_results_of_this_repository_are_understood(name):
-    document = read_document(RESULTS / name)
-    assert document.comparisons or document.zeros or document.ranking
-    text = report_page([document])
-    assert Parsed(text).open == []
+def test_the_results_of_this_repository_are_understood():
+    documents = [read_document(path) for path in sorted(RESULTS.rglob("*.json"))]
+    assert all(document.comparisons or document.zeros or document.ranking for document in documents)
+    page = Parsed(report_page(documents))
+    assert page.open == []
+    assert {"figure-speedup", "figure-keep", "figure-zeros", "figure-rivals", "figure-roofline"} <= set(page.ids)
 
 
 def test_a_command_writes_the_file_and_says_where(write, tmp_path, capsys):
@@ -204,6 +238,15 @@ def test_a_command_writes_the_file_and_says_where(write, tmp_path, capsys):
     assert main(["report", str(write(results())), "--out", str(out)]) == 0
     assert capsys.readouterr().out == f"Report: {out}\n"
     assert out.read_text().startswith("<!doctype html>")
+
+
+def test_figures_are_written_as_pictures_too(write, tmp_path):
+    folder = tmp_path / "new" / "folder"
+    assert main(["report", str(write(results())), "--out", str(tmp_path / "r.html"), "--pictures", str(folder)]) == 0
+    assert {p.name for p in folder.iterdir()} == {
+        f"{n}.png" for n in ("speedup", "keep", "rivals", "roofline", "stages")
+    }
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in folder.iterdir())
 
 
 def broken():
