@@ -1,22 +1,24 @@
 """A-ViT (Yin 2022): the tokens of a vision transformer halt one by one, and are no longer attended to.
 
-Trained once with the ponder cost; then epsilon is moved: a token halts where its halting scores add up to 1 - epsilon.
+The trained dense network is trained on with the ponder cost; then epsilon is moved: a token halts where its halting
+scores add up to 1 - epsilon.
 
     python -m examples.a_vit
 """
 
 from __future__ import annotations
 
+import copy
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyncore.nn import AdaptiveDepth, FeatureScore
-from examples.common import Result, curve, main, train
-from examples.resnet import clock
-from examples.vit import Vit, images
+from examples import vit
+from examples.common import Result, clock, curve, main
 
-PRICE = 0.05  # of one step of one token
-EPSILONS = (0.0, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
+PRICE = 0.03  # of one step of one token
+EPSILONS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 1.0)
 
 
 def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -30,13 +32,11 @@ def move(model: nn.Module, epsilon: float) -> None:
 
 
 def run(quick: bool) -> Result:
-    """The curve over epsilon of one trained model, beside the dense network trained alike."""
-    data, epochs = images(quick)
-    dense = train(Vit(), data.train, epochs=epochs)
-    model = Vit()
-    score = FeatureScore(0, 2.0, -2.0)
-    model.blocks = nn.ModuleList([AdaptiveDepth(list(model.blocks), score, tokens=True)])
-    train(model, data.train, epochs=epochs, loss=loss)
+    """The curve over epsilon of one trained model, beside the dense network that it started from."""
+    data, dense = vit.dense(quick)
+    model = copy.deepcopy(dense)
+    model.blocks = nn.ModuleList([AdaptiveDepth(list(model.blocks), FeatureScore(0, 2.0, -2.0), tokens=True)])
+    vit.train_on(model, data, loss, quick)
     note = "the first block is always computed; counts differ between the images of a batch, which are padded"
     points = curve(dense, model, move, EPSILONS, data.test, **clock(quick))
     return Result("A-ViT", *points, note=note)

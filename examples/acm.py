@@ -16,17 +16,13 @@ from torch import Tensor, nn
 
 import dyncore as dc
 from dyncore.nn import CountGate, collect_costs, losses
-from examples.common import Result, curve, main, train
+from examples.common import Result, clock, curve, main, mover, train
 from examples.mixer import Mixer, images
 
 LEARNERS, TARGET, WEIGHT = 4, 0.3, 2.0
 THRESHOLDS = (-0.1, 0.05, 0.2, 0.5, 0.8, 0.99)
 
-
-def move(model: nn.Module, threshold: float) -> None:
-    for module in model.modules():
-        if isinstance(module, CountGate):
-            module.threshold = threshold
+move = mover(CountGate, "threshold")
 
 
 def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -42,7 +38,7 @@ def run(quick: bool) -> Result:
     dense = copy.deepcopy(model)
     dc.convert.acmize(model, LEARNERS, data=data.train[0])
     train(model, data.train, epochs=epochs, loss=loss, rate=2e-3)
-    points = curve(dense, model, move, THRESHOLDS, data.test, seconds=0.2 if quick else 8.0)
+    points = curve(dense, model, move, THRESHOLDS, data.test, **clock(quick))
     return Result(
         "adaptive computation modules", *points, note="threshold: of the gates; below 0 all learners are taken"
     )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dyncore.nn import AdaptiveDepth
 from dyncore.nn.gates import pool_spatial
 from examples import resnet
-from examples.common import Result, curve, main, train
+from examples.common import Result, clock, curve, main, train
 
 PRICE = 0.1  # of one step
 EPSILONS = (0.0, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
@@ -37,7 +37,7 @@ def run(quick: bool) -> Result:
     depth = AdaptiveDepth(steps, [halt() for _ in steps[1:]], pool=pool_spatial)
     model = train(resnet.ResNet(depth), data.train, epochs=epochs, batch=resnet.BATCH, loss=loss)
     note = "the first block is always computed; images that never halt pay for the scores and the mean of the states"
-    points = curve(dense, model, move, EPSILONS, data.test, **resnet.clock(quick))
+    points = curve(dense, model, move, EPSILONS, data.test, **clock(quick))
     return Result("Adaptive computation time", *points, note=note)
 
 

@@ -19,7 +19,7 @@ from dyncore.nn import BernoulliPolicy, PolicySkip, policies
 from dyncore.nn.gates import pool_spatial
 from dyncore.nn.losses import reinforce
 from examples import resnet
-from examples.common import Result, curve, main, train
+from examples.common import Result, clock, curve, main, train
 
 GAMMA = 2.0
 THRESHOLDS = (-1.0, 0.02, 0.1, 0.3, 0.5, 0.7, 0.9)
@@ -66,7 +66,7 @@ def run(quick: bool) -> Result:
     policy = BernoulliPolicy(Policy(), resnet.DEPTH, alpha=0.9)
     model.chain = PolicySkip([residual.body for residual in model.chain], policy)
     train(model, data.train, epochs=epochs, batch=resnet.BATCH, loss=loss, rate=2e-3)
-    return Result("BlockDrop", *curve(dense, model, move, THRESHOLDS, data.test, **resnet.clock(quick)))
+    return Result("BlockDrop", *curve(dense, model, move, THRESHOLDS, data.test, **clock(quick)))
 
 
 if __name__ == "__main__":

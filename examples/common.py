@@ -11,6 +11,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,15 @@ def digits(seed: int = 0, *, size: int = 8) -> Split:
     rest, test = train_test_split(range(len(y)), test_size=0.2, random_state=seed, stratify=labels)
     train, valid = train_test_split(rest, test_size=0.25, random_state=seed, stratify=labels[rest])
     return Split((x[train], y[train]), (x[valid], y[valid]), (x[test], y[test]))
+
+
+def images(quick: bool, size: int, epochs: int) -> tuple[Split, int]:
+    """(the digits, for how many epochs to train); a few of them for one where it has to be quick."""
+    data = digits(size=size)
+    if not quick:
+        return data, epochs
+    parts = zip((data.train, data.valid, data.test), (64, 32, 64), strict=True)
+    return Split(*((x[:count], y[:count]) for (x, y), count in parts)), 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +91,21 @@ class Result:
     note: str = ""
 
 
+SMOKE = "smoke test: hardly trained"
+
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Move = Callable[[nn.Module, float], None]
+
+
+def mover(kind: type[nn.Module], name: str) -> Move:
+    """move(model, value): sets the attribute `name` of every `kind` in a model."""
+
+    def move(model: nn.Module, value: float) -> None:
+        for module in model.modules():
+            if isinstance(module, kind):
+                setattr(module, name, value)
+
+    return move
 
 
 def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -125,6 +149,11 @@ def train(
     return model.eval()
 
 
+def clock(quick: bool) -> dict[str, Any]:
+    """How long `curve` may look at the clock."""
+    return {"seconds": 0.2, "singles": 2} if quick else {"seconds": 8.0}
+
+
 def _batches(data: tuple[Tensor, Tensor], size: int) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(data[0].split(size), data[1].split(size), strict=True)
 
@@ -133,7 +162,7 @@ def _batches(data: tuple[Tensor, Tensor], size: int) -> Iterator[tuple[Tensor, T
 def curve(
     dense: nn.Module,
     model: nn.Module,
-    move: Callable[[nn.Module, float], object],
+    move: Move,
     thresholds: Sequence[float],
     data: tuple[Tensor, Tensor],
     *,
@@ -204,13 +233,19 @@ def table(result: Result) -> str:
     return "\n".join([*lines, *([result.note] if result.note else [])])
 
 
+def marked(result: Result, quick: bool) -> Result:
+    """The result, whose note says if it was quick."""
+    note = f"{SMOKE}; {result.note}".removesuffix("; ")
+    return dataclasses.replace(result, note=note) if quick else result
+
+
 def main(run: Callable[[bool], Result], text: str | None) -> None:
     """The command line of an example: its module's docstring is the help."""
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a few seconds: too little training to learn much")
+    parser.add_argument("--quick", action="store_true", help="a few seconds, a smoke test: hardly any training")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     start = time.perf_counter()
-    print(table(run(args.quick)))
+    print(table(marked(run(args.quick), args.quick)))
     print(f"{time.perf_counter() - start:.0f} s")

@@ -8,16 +8,15 @@ on; each uses the features of the one before again: these are enlarged to its gr
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import dyncore as dc
 from dyncore.nn import EarlyExit, TransformerBlock
-from examples.common import CLASSES, Result, curve, main, train
-from examples.early_exit_msdnet import LastExit, exit_loss, images
-from examples.ranet import State, move
+from examples.common import CLASSES, Result, main, train
+from examples.exiting import LastExit, State, conv, exit_loss, images, result
 
-SIZE, WIDTH, HEADS, DEPTH = 16, 64, 4, 2
+SIZE, STEM, WIDTH, HEADS, DEPTH = 16, 24, 96, 4, 2
 GRIDS = (2, 4, 8)  # tokens a side
 THRESHOLDS = (1.01, 0.99, 0.95, 0.9, 0.8, 0.6, 0.0)
 
@@ -27,8 +26,9 @@ class Transformer(nn.Module):
 
     def __init__(self, grid: int, reuses: bool) -> None:
         super().__init__()
-        self.embed = nn.Conv2d(1, WIDTH, SIZE // grid, SIZE // grid)
-        self.position = nn.Parameter(0.02 * self.embed.weight.new_ones(WIDTH, grid, grid).normal_())
+        patch = SIZE // 2 // grid
+        self.embed = nn.Sequential(conv(1, STEM, 2), nn.Conv2d(STEM, WIDTH, patch, patch), nn.BatchNorm2d(WIDTH))
+        self.position = nn.Parameter(0.1 * torch.randn(WIDTH, grid, grid))
         mixed = nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 1), nn.GELU(), nn.Conv2d(WIDTH, WIDTH, 1))
         self.reuse = mixed if reuses else None
         self.blocks = nn.Sequential(
@@ -62,11 +62,8 @@ def build() -> EarlyExit:
 def run(quick: bool) -> Result:
     data = images(quick, SIZE)
     model = build()
-    train(model, data.train, epochs=1 if quick else 30, loss=exit_loss)
-    model.set_costs(dc.measure.exit_costs(model, data.valid[0]))
-    dense, points = curve(LastExit(model), model, move, THRESHOLDS, data.test, seconds=0.3 if quick else 6.0)
-    print(dc.measure.exits(model, *data.test))
-    return Result("Dynamic Vision Transformer", dense, points)
+    train(model, data.train, epochs=1 if quick else 20, loss=exit_loss, batch=32, rate=1.5e-3)
+    return result("Dynamic Vision Transformer", LastExit(model), model, THRESHOLDS, data, quick)
 
 
 if __name__ == "__main__":

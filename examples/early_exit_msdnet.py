@@ -1,4 +1,4 @@
-"""MSDNet in small (Huang 2018): features at three scales, densely connected, and an exit after every two layers.
+"""MSDNet in small (Huang 2018): features at three scales, densely connected; exits after the stem and each stage.
 
 The state that goes from stage to stage is three tensors, one a scale, each growing by concatenation; later stages drop
 the finest. Thresholds are calibrated on the validation images for a budget, a share of the FLOPs of everything.
@@ -13,19 +13,14 @@ from torch import Tensor, nn
 
 import dyncore as dc
 from dyncore.nn import EarlyExit, exits
-from dyncore.nn.losses import exit_distillation, multi_exit
-from examples.common import CLASSES, Result, Split, curve, digits, main, train
+from examples.common import CLASSES, Result, Split, main, train
+from examples.exiting import LastExit, conv, exit_loss, images, result
 
 SIZE = 16
-GROWTH = (8, 16, 32)  # channels that a layer adds at each scale, the finest first
-WIDTHS = (16, 32, 64)  # after the stem
-STAGES = ((0, 2), (0, 2), (1, 2), (1, 2))  # finest scale, layers
-BUDGETS = (1.0, 0.8, 0.6, 0.45, 0.35, 0.28)  # shares of the FLOPs
-
-
-def conv(inputs: int, outputs: int, stride: int = 1) -> nn.Module:
-    layers = [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
-    return nn.Sequential(*layers)
+GROWTH = (16, 24, 48)  # channels that a layer adds at each scale, the finest first
+WIDTHS = (8, 12, 16)  # after the stem, which has an exit of its own
+STAGES = ((0, 0), (0, 1), (0, 2), (1, 2), (1, 2))  # finest scale, layers
+BUDGETS = (1.0, 0.6, 0.4, 0.25, 0.15, 0.1)  # shares of the FLOPs
 
 
 class Stem(nn.Module):
@@ -79,32 +74,6 @@ class Head(nn.Module):
         return self.linear(self.conv(scales[-1]).mean((2, 3)))
 
 
-class LastExit(nn.Module):
-    """The same network without exits: all stages and the last head."""
-
-    def __init__(self, model: EarlyExit) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(*model.stages, model.heads[-1])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
-
-
-def images(quick: bool, size: int) -> Split:
-    """The digits; few of them if quick."""
-    data = digits(size=size)
-    if not quick:
-        return data
-    parts = zip((data.train, data.valid, data.test), (64, 32, 16), strict=True)
-    return Split(*((x[:count], y[:count]) for (x, y), count in parts))
-
-
-def exit_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Every exit's cross-entropy, and earlier exits learn from the last."""
-    logits = model(x)
-    return multi_exit(logits, y) + 0.5 * exit_distillation(logits)
-
-
 def build() -> EarlyExit:
     stages: list[nn.Module] = []
     heads: list[nn.Module] = []
@@ -139,10 +108,9 @@ def run(quick: bool) -> Result:
         assert isinstance(model, EarlyExit)
         model.threshold = thresholds[budget]
 
-    dense, points = curve(LastExit(model), model, move, BUDGETS, data.test, seconds=0.3 if quick else 6.0)
-    print(dc.measure.exits(model, *data.test))
     note = "The threshold is the budget asked for, as a share of all FLOPs; the images it was set on are others."
-    return Result("MSDNet, budgets by calibrated exits", dense, points, note)
+    name = "MSDNet, budgets by calibrated exits"
+    return result(name, LastExit(model), model, BUDGETS, data, quick, move=move, note=note)
 
 
 if __name__ == "__main__":

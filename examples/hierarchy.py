@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dyncore.nn import Hierarchy
 from examples import resnet
-from examples.common import Result, curve, main, train
+from examples.common import Result, clock, curve, main, train
 
 GROUPS = ((0, 6, 8, 9), (1, 4, 7), (2, 3, 5))  # with loops, of straight strokes, and the others
 BLOCKS = 2  # of each classifier
@@ -50,7 +50,7 @@ def run(quick: bool) -> Result:
     dense = copy.deepcopy(model)
     move(dense, 0.0)
     note = "dense is the same network with every classifier on every image; above 1 only the group is known"
-    points = curve(dense, model, move, THRESHOLDS, data.test, **resnet.clock(quick))
+    points = curve(dense, model, move, THRESHOLDS, data.test, **clock(quick))
     return Result("Hierarchy", *points, note=note)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import dyncore as dc
 from dyncore.nn import MLP, DynamicKMoE, losses
-from examples.common import Result, curve, main, train
+from examples.common import Result, clock, curve, main, mover, train
 from examples.mixer import Mixer, images
 
 EXPERTS = 16
@@ -24,11 +24,7 @@ TAUS = (1.0, 0.99, 0.97, 0.95, 0.9, 0.8, 0.0)
 SPARSITY = 0.03  # weight of the loss
 ROUTER = 32  # width of the routers: 128, the usual, would take an eighth of these small MLPs' work
 
-
-def move(model: nn.Module, tau: float) -> None:
-    for module in model.modules():
-        if isinstance(module, DynamicKMoE):
-            module.tau = tau
+move = mover(DynamicKMoE, "tau")
 
 
 def sparse_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -52,7 +48,7 @@ def run(quick: bool) -> Result:
     dense = copy.deepcopy(model)
     train(model, data.train, epochs=epochs, loss=sparse_loss, rate=1e-3)
     dc.convert.moefy(model, EXPERTS, data=data.train[0], router_dim=ROUTER, steps=5 if quick else 600)
-    points = curve(dense, model.eval(), move, TAUS, data.test, seconds=0.2 if quick else 8.0)
+    points = curve(dense, model.eval(), move, TAUS, data.test, **clock(quick))
     return Result("dynamic-k experts", *points, note="threshold: tau; at 1 every expert runs, and the router besides")
 
 

@@ -12,16 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import dyncore as dc
 from dyncore.nn import EarlyExit
-from examples.common import CLASSES, Result, curve, main, train
-from examples.early_exit_msdnet import LastExit, conv, exit_loss, images
+from examples.common import CLASSES, Result, main, train
+from examples.exiting import LastExit, State, conv, exit_loss, images, result
 
 SIZE = 16
-SUBNETS = ((4, 16), (8, 32), (16, 32))  # image size, channels
+SUBNETS = ((4, 32), (8, 48), (16, 48))  # image size, channels
 THRESHOLDS = (1.01, 0.999, 0.99, 0.97, 0.9, 0.7, 0.0)
-
-State = tuple[Tensor, Tensor]  # the image, and features [B, C, H, W] of the sub-network before
 
 
 class Start(nn.Module):
@@ -82,18 +79,11 @@ def build() -> EarlyExit:
     return EarlyExit(stages, heads)
 
 
-def move(model: nn.Module, threshold: float) -> None:
-    model.threshold = threshold
-
-
 def run(quick: bool) -> Result:
     data = images(quick, SIZE)
     model = build()
-    train(model, data.train, epochs=1 if quick else 12, loss=exit_loss)
-    model.set_costs(dc.measure.exit_costs(model, data.valid[0]))
-    dense, points = curve(LastExit(model), model, move, THRESHOLDS, data.test, seconds=0.3 if quick else 6.0)
-    print(dc.measure.exits(model, *data.test))
-    return Result("RANet, small images first", dense, points)
+    train(model, data.train, epochs=1 if quick else 16, loss=exit_loss)
+    return result("RANet, small images first", LastExit(model), model, THRESHOLDS, data, quick)
 
 
 if __name__ == "__main__":

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.common import Split, digits
+from examples import common
+from examples.common import Split
 
-SIZE, WIDTH, DEPTH = 16, 32, 6
+SIZE, WIDTH, DEPTH = 16, 64, 6
 EPOCHS, BATCH = 8, 32
 
 
 def images(quick: bool) -> tuple[Split, int]:
-    """(the digits, for how many epochs to train); a few of them for one where it has to be quick."""
-    data = digits(size=SIZE)
-    if not quick:
-        return data, EPOCHS
-    parts = ((x[:64], y[:64]) for x, y in (data.train, data.valid, data.test))
-    return Split(*parts), 1
-
-
-def clock(quick: bool) -> dict[str, Any]:
-    """How long `curve` may look at the clock."""
-    return {"seconds": 0.2, "singles": 2} if quick else {"seconds": 8.0}
+    """(the digits, for how many epochs to train)."""
+    return common.images(quick, SIZE, EPOCHS)
 
 
 def block() -> nn.Module:

@@ -16,11 +16,13 @@ from dyncore.nn import BernoulliPolicy, Skip, StraightThroughGate, collect_costs
 from dyncore.nn.gates import pool_spatial
 from dyncore.nn.losses import compute_target, reinforce
 from examples import resnet
-from examples.common import Result, curve, main, train
+from examples.common import Result, clock, curve, main, mover, train
 
 TARGET = 0.5  # of the blocks, for the gates that are trained softly
 PRICE = 0.5  # of all blocks, in units of the cross-entropy, for REINFORCE
 THRESHOLDS = (-1.0, 0.02, 0.1, 0.3, 0.5, 0.7, 0.9)
+
+move = mover(BernoulliPolicy, "threshold")  # from which probability on an image goes through a block
 
 
 def soft(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -42,13 +44,6 @@ def sampled(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return loss.mean() + reinforce(policies.log_probability(model), reward, baseline)
 
 
-def move(model: nn.Module, threshold: float) -> None:
-    """Set from which probability on an image goes through a block."""
-    for module in model.modules():
-        if isinstance(module, BernoulliPolicy):
-            module.threshold = threshold
-
-
 def run(quick: bool) -> Result:
     """The curve over thresholds of one trained model, beside the dense network trained alike."""
     data, epochs = resnet.images(quick)
@@ -59,7 +54,7 @@ def run(quick: bool) -> Result:
     for skip, gate in zip(skips, gates, strict=True):
         skip.gate = BernoulliPolicy(gate.score, pool=pool_spatial)
     train(model, data.train, epochs=-(-epochs // 2), batch=resnet.BATCH, loss=sampled, rate=1e-3)
-    return Result("SkipNet", *curve(dense, model, move, THRESHOLDS, data.test, **resnet.clock(quick)))
+    return Result("SkipNet", *curve(dense, model, move, THRESHOLDS, data.test, **clock(quick)))
 
 
 if __name__ == "__main__":

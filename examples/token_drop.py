@@ -1,51 +1,35 @@
 """TokenDrop (DynamicViT, Rao 2021): behind each of the first three blocks of a vision transformer tokens are left out.
 
-Trained once, with a share drawn anew for every batch; then the share is moved.
+The trained dense network is trained on, with a share drawn anew for every batch; then the share is moved.
 
     python -m examples.token_drop
 """
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from dyncore.nn import LocalGlobalScore, TokenDrop
-from examples.common import Result, curve, main, train
-from examples.vit import DEPTH, WIDTH, Vit, block, images
+from examples import vit
+from examples.common import Result, clock, curve, main, mover
 
 KEEPS = (1.0, 0.8, 0.6, 0.4, 0.2, 0.05)
 
-
-def layer(index: int) -> nn.Module:
-    if index == DEPTH - 1:
-        return block()
-    return nn.Sequential(block(), TokenDrop(1.0, LocalGlobalScore(WIDTH)))
+move = mover(TokenDrop, "keep")
 
 
-def move(model: nn.Module, keep: float) -> None:
-    """Set the share of its tokens that every TokenDrop keeps."""
-    for module in model.modules():
-        if isinstance(module, TokenDrop):
-            module.keep = keep
-
-
-def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy at a share between 0.05 and 1."""
-    move(model, float(torch.empty(()).uniform_(0.05, 1.0)))
-    return F.cross_entropy(model(x), y)
+def layer(index: int, block: nn.Module) -> nn.Module:
+    last = index == vit.DEPTH - 1
+    return block if last else nn.Sequential(block, TokenDrop(1.0, LocalGlobalScore(vit.WIDTH)))
 
 
 def run(quick: bool) -> Result:
-    """The curve over shares of one trained model, beside the dense network trained alike."""
-    data, epochs = images(quick)
-    dense = train(Vit(), data.train, epochs=epochs)
-    model = train(Vit(layer), data.train, epochs=epochs, loss=loss)
-    points = curve(dense, model, move, KEEPS, data.test, seconds=0.2 if quick else 8.0)
-    return Result(
-        "TokenDrop", *points, note="threshold: the share kept at each of three places; the first block is dense"
-    )
+    """The curve over shares of one trained model, beside the dense network that it started from."""
+    data, dense = vit.dense(quick)
+    model = vit.train_on(vit.started(dense, layer), data, vit.any_share(move), quick)
+    points = curve(dense, model, move, KEEPS, data.test, **clock(quick))
+    note = "threshold: the share kept at each of three places; the first block is dense"
+    return Result("TokenDrop", *points, note=note)
 
 
 if __name__ == "__main__":

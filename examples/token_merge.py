@@ -10,43 +10,37 @@ import copy
 from torch import Tensor, nn
 
 from dyncore.nn import TokenMerge
-from examples.common import Result, curve, main, train
-from examples.vit import DEPTH, Vit, images
+from examples import vit
+from examples.common import Result, clock, curve, main, mover
 
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+
+
+move = mover(TokenMerge, "r")
 
 
 class Merging(nn.Module):
     """The blocks of a trained Vit with a merge behind each but the last."""
 
-    def __init__(self, vit: Vit) -> None:
+    def __init__(self, trained: vit.Vit) -> None:
         super().__init__()
-        self.vit = copy.deepcopy(vit)
-        self.merges = nn.ModuleList(TokenMerge(0.0) for _ in range(DEPTH - 1))
+        self.vit = copy.deepcopy(trained)
+        self.merges = nn.ModuleList(TokenMerge(0.0) for _ in range(vit.DEPTH - 1))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, 10]."""
         x, sizes = self.vit.tokens(images), None
         for i, layer in enumerate(self.vit.blocks):
             x = layer(x, sizes=sizes)
-            if i < DEPTH - 1:
+            if i < vit.DEPTH - 1:
                 x, sizes, _ = self.merges[i].merge(x, sizes)  # type: ignore[operator]
         return self.vit.read(x, sizes)
 
 
-def move(model: nn.Module, share: float) -> None:
-    """Set the share of its tokens that every merge takes away."""
-    for module in model.modules():
-        if isinstance(module, TokenMerge):
-            module.r = share
-
-
 def run(quick: bool) -> Result:
     """The curve over shares: the dense network and the same one with merges."""
-    data, epochs = images(quick)
-    dense = train(Vit(), data.train, epochs=epochs)
-    assert isinstance(dense, Vit)
-    points = curve(dense, Merging(dense), move, SHARES, data.test, seconds=0.2 if quick else 8.0)
+    data, dense = vit.dense(quick)
+    points = curve(dense, Merging(dense).eval(), move, SHARES, data.test, **clock(quick))
     note = "threshold: the share merged at each of three places, no training for it; the first block is dense"
     return Result("TokenMerge", *points, note=note)
 

@@ -1,6 +1,6 @@
 """TokenSkip (D-LLM, Jiang 2024) in a vision transformer: a gate for each token and block, any number of tokens.
 
-Trained once with a target for the mean cost; then the gates' threshold is moved.
+The trained dense network is trained on with a target for the mean cost; then the gates' threshold is moved.
 
     python -m examples.token_skip
 """
@@ -12,22 +12,17 @@ from torch import Tensor, nn
 
 from dyncore.nn import GumbelGate, TokenSkip, collect_costs
 from dyncore.nn.losses import compute_target
-from examples.common import Result, curve, main, train
-from examples.vit import WIDTH, Vit, block, images
+from examples import vit
+from examples.common import Result, clock, curve, main, mover
 
 TARGET = 0.25  # of the tokens, in the blocks that have gates
 THRESHOLDS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99)
 
-
-def layer(index: int) -> nn.Module:
-    return TokenSkip(block(), GumbelGate(WIDTH)) if index else block()
+move = mover(GumbelGate, "threshold")  # from which probability on a token goes through a block
 
 
-def move(model: nn.Module, threshold: float) -> None:
-    """Set from which probability on a token goes through a block."""
-    for module in model.modules():
-        if isinstance(module, GumbelGate):
-            module.threshold = threshold
+def layer(index: int, block: nn.Module) -> nn.Module:
+    return TokenSkip(block, GumbelGate(vit.WIDTH)) if index else block
 
 
 def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -36,11 +31,10 @@ def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def run(quick: bool) -> Result:
-    """The curve over thresholds of one trained model, beside the dense network trained alike."""
-    data, epochs = images(quick)
-    dense = train(Vit(), data.train, epochs=epochs)
-    model = train(Vit(layer), data.train, epochs=epochs, loss=loss)
-    points = curve(dense, model, move, THRESHOLDS, data.test, seconds=0.2 if quick else 8.0)
+    """The curve over thresholds of one trained model, beside the dense network that it started from."""
+    data, dense = vit.dense(quick)
+    model = vit.train_on(vit.started(dense, layer), data, loss, quick)
+    points = curve(dense, model, move, THRESHOLDS, data.test, **clock(quick))
     note = "counts differ between the images of a batch, which are padded to the longest: FLOPs count the padding, too"
     return Result("TokenSkip", *points, note=note)
 

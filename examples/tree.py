@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from dyncore.nn import TreeMLP
 from examples import mixer
-from examples.common import Result, curve, main, train
+from examples.common import Result, clock, curve, main, train
 from examples.mixer import Mixer, images
 
-DEPTHS = (0, 1, 2, 3, 4)
+DEPTHS = (0, 1, 2, 4)
 
 
 class Forest(nn.Module):
@@ -46,7 +46,7 @@ def run(quick: bool) -> Result:
     forest = Forest()
     for network in forest.networks:
         train(network, data.train, epochs=epochs)
-    points = curve(dense, forest.eval(), move, DEPTHS, data.test, seconds=0.2 if quick else 8.0)
+    points = curve(dense, forest.eval(), move, DEPTHS, data.test, **clock(quick))
     return Result("trees", *points, note="threshold: the depth of the trees; each is a network of its own")
 
 

@@ -2,7 +2,7 @@
 
     python -m examples.zoo                          # all, three minutes each at most
     python -m examples.zoo --only skipnet           # one more; the others' curves are kept
-    python -m examples.zoo --quick --out /tmp/zoo   # a few seconds each: too little training to learn much
+    python -m examples.zoo --quick --out /tmp/zoo   # a smoke test: a few seconds each
 
 Writes OUT.json (the curves with machine and commit), OUT.md (the table) and OUT.png (the plot).
 """
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from dyncore.measure import new_results, read_results, write_results
-from examples.common import Point, Result, table, times
+from examples.common import Point, Result, marked, table, times
 
 NAMES: tuple[str, ...] = tuple(
     path.stem for path in sorted(Path(__file__).parent.glob("*.py")) if "\ndef run(quick: bool)" in path.read_text()
@@ -31,7 +31,7 @@ MARKS = "osD^v<>Pphd*X8"
 
 
 def run(name: str, quick: bool) -> Result:
-    return importlib.import_module(f"examples.{name}").run(quick)
+    return marked(importlib.import_module(f"examples.{name}").run(quick), quick)
 
 
 def as_record(name: str, result: Result, seconds: float) -> dict[str, Any]:

@@ -11,8 +11,9 @@ pytest.importorskip("sklearn")
 @pytest.mark.parametrize("name", ["skipnet", "blockdrop", "act", "a_vit", "hierarchy"])
 def test_the_curve_falls(name, monkeypatch):
     torch.manual_seed(0)
-    for module in ("resnet", "vit"):
-        monkeypatch.setattr(importlib.import_module(f"examples.{module}"), "WIDTH", 32 if module == "vit" else 8)
+    for module, width in (("resnet", 8), ("vit", 32)):
+        monkeypatch.setattr(importlib.import_module(f"examples.{module}"), "WIDTH", width)
+    monkeypatch.setattr(importlib.import_module("examples.vit"), "SIZE", 8)
     result = importlib.import_module(f"examples.{name}").run(quick=True)
     flops = [point.flops for point in result.points]
     assert flops == sorted(flops, reverse=True)

@@ -77,3 +77,9 @@ def test_a_curve_holds_accuracy_flops_and_times_at_each_threshold(data):
     assert "dense" in text
     assert "a note" in text
     assert dc.measure.flops(dense, test[0]) / 100 == first.flops
+
+
+def test_a_quick_run_says_that_it_is_a_smoke_test():
+    result = common.Result("Skip", common.Point(None, 0.9, 1e6, 1.0, 1.0), [], "why")
+    assert common.marked(result, True).note == f"{common.SMOKE}; why"
+    assert common.marked(result, False) == result

@@ -17,6 +17,7 @@ def test_the_curve_falls(name, least, monkeypatch):
     monkeypatch.setattr(mixer, "WIDTH", 64)
     monkeypatch.setattr(mixer, "HIDDEN", 256)
     monkeypatch.setattr(mixer, "DEPTH", 1)
+    monkeypatch.setattr(mixer, "STEM", 4)
     result = example.run(quick=True)
     flops = [point.flops for point in result.points]
     assert flops == sorted(flops, reverse=True)

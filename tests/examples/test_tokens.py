@@ -14,8 +14,8 @@ def test_the_curve_falls(name, monkeypatch):
     vit = importlib.import_module("examples.vit")
     example = importlib.import_module(f"examples.{name}")
     torch.manual_seed(0)
-    for module in (vit, example):
-        monkeypatch.setattr(module, "WIDTH", 32, raising=False)
+    monkeypatch.setattr(vit, "WIDTH", 32)
+    monkeypatch.setattr(vit, "SIZE", 8)
     result = example.run(quick=True)
     flops = [point.flops for point in result.points]
     assert flops == sorted(flops, reverse=True)
