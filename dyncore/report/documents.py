@@ -29,7 +29,8 @@ class Comparison:
         keep: the share that was executed; None where it is not known.
         executed, dense: FLOPs; dense is None where computing everything took no part.
         ms: medians by variant: "dyncore", "dense" and others; spread: of dyncore's.
-        bytes: that a call must at least move, where it is known. stages: shares of time. source: the file.
+        bytes: that a call must at least move, where it is known. stages: shares of time. ceilings: GFLOP/s and GB/s of
+            the machine, where they were measured beside it. source: the file.
     """
 
     mechanism: str
@@ -44,6 +45,7 @@ class Comparison:
     spread: float
     bytes: float | None
     stages: dict[str, float]
+    ceilings: tuple[float, float] | None = None
     source: str = ""
 
     @property
@@ -123,6 +125,7 @@ def _of_results(record: Record) -> Comparison | None:
         spread=float(variants["dyncore"].get("spread", 0.0)),
         bytes=_bytes(record, flops.get("executed")),
         stages=_stages(record),
+        ceilings=_ceilings(record),
     )
 
 
@@ -136,13 +139,18 @@ def _stages(record: Record) -> dict[str, float]:
     return {str(name): float(share) for name, share in stages.items()} if isinstance(stages, dict) else {}
 
 
+def _ceilings(record: Record) -> tuple[float, float] | None:
+    found = record.get("ceilings")
+    return (float(found["gflops"]), float(found["gbs"])) if isinstance(found, dict) else None
+
+
 def _of_savings(record: Record) -> Comparison | None:
     """Of measure.savings: flops and timings by execution."""
     timings, flops = record["timings"], record["flops"]
     ours, theirs = ("sparse", record["baseline"]) if "baseline" in record else ("replaced", "now")
     if ours not in timings or theirs not in timings:
         return None
-    name = str(record.get("name", record.get("layer", "module")))
+    name = _name(record)
     others = {other: timing for other, timing in timings.items() if other not in (ours, theirs)}
     named = {"dyncore": timings[ours], "dense": timings[theirs], **others}
     return Comparison(
@@ -150,15 +158,45 @@ def _of_savings(record: Record) -> Comparison | None:
         input=name,
         shape="",
         dtype=str(record.get("dtype") or str(record.get("input", "")).rpartition(" ")[2]),
-        phase="forward",
+        phase=str(record.get("phase", "forward")),
         keep=record.get("density"),
         executed=flops.get(ours),
         dense=flops.get(theirs),
         ms={n: float(timing["median_ms"]) for n, timing in named.items()},
         spread=float(timings[ours].get("spread", 0.0)),
-        bytes=None,
+        bytes=record.get("bytes"),
         stages=_stages(record),
+        ceilings=_ceilings(record),
     )
+
+
+def _name(record: Record) -> str:
+    return str(next((record[key] for key in ("name", "layer", "module", "class") if record.get(key)), "module"))
+
+
+def _of_sweep(record: Record) -> list[Comparison]:
+    """The points of a savings' sweep over the share that gates let through; its FLOPs are not counted."""
+    sweep = record.get("sweep")
+    if not isinstance(sweep, dict):
+        return []
+    dense = float(sweep["baseline"]["median_ms"])
+    return [
+        Comparison(
+            mechanism="savings",
+            input=f"{_name(record)}, gates forced",
+            shape="",
+            dtype=str(record.get("dtype", "")),
+            phase=str(record.get("phase", "forward")),
+            keep=float(keep),
+            executed=None,
+            dense=None,
+            ms={"dyncore": float(timing["median_ms"]), "dense": dense},
+            spread=float(timing.get("spread", 0.0)),
+            bytes=None,
+            stages={},
+        )
+        for keep, timing in zip(sweep["keep"], sweep["timings"], strict=True)
+    ]
 
 
 def _comparison(record: Record) -> Comparison | None:
@@ -192,7 +230,9 @@ def _document(path: str, found: Record, schema: str) -> Document:
         for r in records
         if "zero_fraction" in (r.get("sparsity") or r)
     ]
-    compared = [dataclasses.replace(c, source=path) for c in map(_comparison, records) if c is not None]
+    points = [c for c in map(_comparison, records) if c is not None]
+    points += [c for record in records for c in _of_sweep(record)]
+    compared = [dataclasses.replace(c, source=path) for c in points]
     head = {
         name: value for name, value in found.items() if name not in ("records", "examples", "pictures", "mean_ranks")
     }

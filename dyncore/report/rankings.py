@@ -1,7 +1,7 @@
 """Rankings of examples: agreement of methods as a table, ranks against ranks, and the examples they disagree on.
 
 Of documents of schema dyncore.ranking/1: "tau" [M][M], "mean_ranks" [M][N] from 0 (least compute) to 1, and
-"pictures": [{"png": base64, "text": what it is and who calls it hard}]. Needs matplotlib.
+"pictures": [{"example": its number, "label", "png": base64, "ranks": {method: from 0 to 1}}]. Needs matplotlib.
 """
 
 from __future__ import annotations
@@ -73,17 +73,22 @@ def heat_table(ranking: dict[str, Any]) -> str:
     )
 
 
+def _picture(picture: dict[str, Any]) -> str:
+    label = "" if picture.get("label") is None else f"{picture['label']}, "
+    name = escape(f"{label}no. {picture['example']}")
+    ranks = "".join(f"<span>{escape(f'{method} {rank:.2f}')}</span>" for method, rank in picture["ranks"].items())
+    image = f'<img src="data:image/png;base64,{escape(picture["png"])}" alt="{name}">'
+    return f"<li>{image}<strong>{name}</strong>{ranks}</li>"
+
+
 def pictures(ranking: dict[str, Any]) -> str:
     """The examples on which methods disagree most, as pictures; "" where the document has none."""
     shown = ranking.get("pictures") or []
     if not shown:
         return ""
-    items = "".join(
-        f'<li><img src="data:image/png;base64,{escape(p["png"])}" alt="{escape(str(p["text"]))}">'
-        f"<span>{escape(str(p['text']))}</span></li>"
-        for p in shown
-    )
+    items = "".join(_picture(picture) for picture in shown)
     return (
         '<figure id="figure-disputed"><h2>The most disputed examples</h2><figcaption>Cheap for one method, expensive '
-        f'for another.</figcaption><ul class="pictures">{items}</ul></figure>'
+        "for another: the rank of each by its compute, 0 the least, 1 the most.</figcaption>"
+        f'<ul class="pictures">{items}</ul></figure>'
     )

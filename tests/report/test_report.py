@@ -92,7 +92,7 @@ def zeros():
 def ranking():
     tau = [[0.8, 0.3], [0.3, None]]
     ranks = [[i / 99 for i in range(100)], [1 - i / 99 for i in range(100)]]
-    shown = [{"png": PIXEL, "text": f"a <{digit}>"} for digit in (3, 8)]
+    shown = [{"example": 7, "label": d, "png": PIXEL, "ranks": {"exit": 0.1, "moe": 0.9}} for d in ("<3>", 8, None)]
     more = {"mean_ranks": ranks, "pictures": shown}
     return {"schema": "dyncore.ranking/1", "methods": ["exit", "moe"], "examples": 100, "tau": tau, **more}
 
@@ -215,6 +215,38 @@ def test_without_data_a_figure_is_left_out(write):
     bare = {name: value for name, value in ranking().items() if name not in ("mean_ranks", "pictures")}
     page = Parsed(report_page([read_document(write(bare))]))
     assert [name for name in page.ids if name.startswith("figure-")] == ["figure-ranking"]
+
+
+def test_disputed_examples_are_pictures_with_their_ranks(everything):
+    text = everything.read_text()
+    assert text.count("<img ") == 3
+    for words in ('alt="&lt;3&gt;, no. 7"', 'alt="no. 7"', "<span>exit 0.10</span><span>moe 0.90</span>"):
+        assert words in text
+
+
+def test_the_roof_is_what_was_measured_beside_the_points(write):
+    document = results()
+    assert "highest here: " in report_page([read_document(write(document))])
+    document["records"][0]["ceilings"] = {"gflops": 123.0, "gbs": 45.0}
+    assert "measured beside: 123 GFLOP/s, 45 GB/s" in report_page([read_document(write(document))])
+
+
+def test_the_sweep_of_savings_is_a_curve_with_its_break_even(write):
+    record = {
+        "module": "Skip",
+        "dtype": "float32",
+        "baseline": "masked",
+        "flops": {"sparse": 1, "masked": 2},
+        "timings": {name: {"median_ms": 1.0, "spread": 0.0} for name in ("sparse", "masked")},
+        "sweep": {
+            "keep": [0.25, 0.5, 1.0],
+            "timings": [{"median_ms": ms, "spread": 0.0} for ms in (0.5, 0.75, 1.25)],
+            "baseline": {"median_ms": 1.0},
+        },
+    }
+    text = report_page([read_document(write(record))])
+    assert "savings: break-even at 0.75" in text
+    assert "Skip, gates forced, float32" in text
 
 
 def test_savings_are_drawn(write):
