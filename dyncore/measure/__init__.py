@@ -6,7 +6,7 @@ Floor 4: knows modules and callables, the ops only through their FLOP formulas. 
 from dyncore.measure.activation_sparsity import activation_sparsity
 from dyncore.measure.environment import environment, last_level_cache
 from dyncore.measure.exits import Exits, ExitStatistics, exit_costs, exits
-from dyncore.measure.flops import flops
+from dyncore.measure.flops import Flops, flops
 from dyncore.measure.ranking import Ranking, ranking
 from dyncore.measure.records import new_results, read_results, write_results
 from dyncore.measure.savings import Savings, break_even, realised_saving, savings, scaling_efficiency
@@ -18,6 +18,7 @@ __all__ = [
     "ActivationSparsity",
     "ExitStatistics",
     "Exits",
+    "Flops",
     "Interleaved",
     "LayerSparsity",
     "Ranking",
