@@ -40,7 +40,7 @@ def run(quick: bool) -> Result:
     train(model, data.train, epochs=epochs, loss=loss, rate=2e-3)
     points = curve(dense, model, move, THRESHOLDS, data.test, **clock(quick))
     return Result(
-        "adaptive computation modules", *points, note="threshold: of the gates; below 0 all learners are taken"
+        "Adaptive computation modules", *points, note="threshold: of the gates; below 0 all learners are taken"
     )
 
 

@@ -32,7 +32,7 @@ def run(quick: bool) -> Result:
         train(model, data.train, epochs=1 if quick else 12)
     model = Cascade(networks, exits.Margin()).eval()
     note = "Dense is the largest of the three networks alone; at a threshold above 1 all three run on every image."
-    return result("Cascade of three networks", networks[-1], model, THRESHOLDS, data, quick, note=note)
+    return result("Cascade", networks[-1], model, THRESHOLDS, data, quick, note=note)
 
 
 if __name__ == "__main__":

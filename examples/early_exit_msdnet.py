@@ -109,8 +109,7 @@ def run(quick: bool) -> Result:
         model.threshold = thresholds[budget]
 
     note = "The threshold is the budget asked for, as a share of all FLOPs; the images it was set on are others."
-    name = "MSDNet, budgets by calibrated exits"
-    return result(name, LastExit(model), model, BUDGETS, data, quick, move=move, note=note)
+    return result("MSDNet", LastExit(model), model, BUDGETS, data, quick, move=move, note=note)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def run(quick: bool) -> Result:
     train(model, data.train, epochs=epochs, loss=sparse_loss, rate=1e-3)
     dc.convert.moefy(model, EXPERTS, data=data.train[0], router_dim=ROUTER, steps=5 if quick else 600)
     points = curve(dense, model.eval(), move, TAUS, data.test, **clock(quick))
-    return Result("dynamic-k experts", *points, note="threshold: tau; at 1 every expert runs, and the router besides")
+    return Result("D2DMoE", *points, note="threshold: tau; at 1 every expert runs, and the router besides")
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def run(quick: bool) -> Result:
     data = images(quick, SIZE)
     model = build()
     train(model, data.train, epochs=1 if quick else 16, loss=exit_loss)
-    return result("RANet, small images first", LastExit(model), model, THRESHOLDS, data, quick)
+    return result("RANet", LastExit(model), model, THRESHOLDS, data, quick)
 
 
 if __name__ == "__main__":

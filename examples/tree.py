@@ -47,7 +47,9 @@ def run(quick: bool) -> Result:
     for network in forest.networks:
         train(network, data.train, epochs=epochs)
     points = curve(dense, forest.eval(), move, DEPTHS, data.test, **clock(quick))
-    return Result("trees", *points, note="threshold: the depth of the trees; each is a network of its own")
+    return Result(
+        "Fast feedforward trees", *points, note="threshold: the depth of the trees; each is a network of its own"
+    )
 
 
 if __name__ == "__main__":

@@ -21,6 +21,14 @@ def test_the_table_has_ratios_to_the_dense_network():
     assert "- Skip: why" in text
 
 
+def test_the_summary_has_the_fastest_point_that_is_as_good_as_dense():
+    dense = Point(None, 0.95, 8e6, 2.0, 4.0)
+    close, fast = Point(0.5, 0.945, 4e6, 1.25, 2.0), Point(0.3, 0.945, 2e6, 1.0, 1.5)
+    points = [Point(0.9, 0.96, 8e6, 2.1, 4.0), close, fast, Point(0.1, 0.93, 1e6, 0.5, 1.0)]
+    assert zoo.kept(Result("Skip", dense, points)) == fast
+    assert zoo.kept(Result("Skip", dense, points[3:])) is None
+
+
 def test_curves_are_written_merged_and_read_back(tmp_path, monkeypatch):
     monkeypatch.setattr(zoo, "NAMES", ("first", "second"))
     monkeypatch.setattr(zoo, "run", lambda name, quick: made_up(f"{name}, {quick}"))
