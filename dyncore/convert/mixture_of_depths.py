@@ -373,7 +373,7 @@ def mixture_of_depths(
             for part in (layer.router, layer.predictor):
                 if part is not None:
                     part.to(device=like.device, dtype=like.dtype)
-            layer.threshold = layer.threshold.to(like.device)
+            layer.register_buffer("threshold", layer.threshold.to(like.device))
             layer.train(block.training)
             parent._modules[name] = layer
             mixed.append(Mixed(full, type(block).__name__, dim))

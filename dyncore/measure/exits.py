@@ -157,7 +157,7 @@ def exit_costs(model: ExitLayer, x: object) -> list[float]:
         try:
             for k in range(model.num_exits):
                 ends = [math.inf] * k + [-math.inf] * (model.num_exits - 1 - k)
-                model.criterion = criteria.MaxProbability(ends)
+                model.criterion = criteria.MaxProbability(ends or 0.0)  # a network of one exit asks none
                 reached.append(float(flops(lambda: _call(model, one))))
         finally:
             model.criterion = kept

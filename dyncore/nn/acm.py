@@ -13,7 +13,7 @@ from dyncore.execution import mode
 from dyncore.nn.base import Decision, DynamicLayer, Gating, expect_callable, expect_size
 from dyncore.nn.dynamic_width import BlockMLP, decide_groups, every_slot, most_slots, share_of_groups
 from dyncore.nn.full_precision import full_precision
-from dyncore.nn.gates import ThresholdGate, shown
+from dyncore.nn.gates import ThresholdGate, expect_temperature, scalar, shown
 from dyncore.ops import gather_rows, grouped_linear
 from dyncore.plan import route_mask, select
 
@@ -38,6 +38,7 @@ class CountGate(ThresholdGate):
             P(count > i); "none": no scale, and no gradient to the gate.
     """
 
+    _checks = {"temperature": expect_temperature}  # noqa: RUF012
     temperature: Tensor
 
     def __init__(
@@ -53,10 +54,8 @@ class CountGate(ThresholdGate):
         if isinstance(score, int) and not isinstance(score, bool):
             score = nn.Linear(score, num_groups + 1)
         super().__init__(score, threshold, weight=weight)
-        if not temperature > 0:
-            raise ValueError(f"temperature: expected a number > 0, got {temperature}")
         self.num_groups = num_groups
-        self.register_buffer("temperature", torch.tensor(float(temperature)))
+        self.register_buffer("temperature", scalar(expect_temperature("temperature", temperature)))
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits [..., N + 1] of the counts of rows x [..., D]."""

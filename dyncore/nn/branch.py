@@ -23,7 +23,7 @@ from dyncore.nn.base import (
     live_rows,
 )
 from dyncore.nn.choices import Routing, choose, share, shares
-from dyncore.nn.gates import Movable, shown
+from dyncore.nn.gates import Movable, expect_number, scalar, shown
 from dyncore.ops import gather_rows, scatter_rows
 from dyncore.plan import Plan, route_mask
 
@@ -200,7 +200,7 @@ class Hierarchy(Movable, DynamicLayer):
             group_of[group] = g
         self.register_buffer("group_of", group_of, persistent=False)
         self.register_buffer("_column", torch.tensor(order).argsort(), persistent=False)
-        self.register_buffer("threshold", torch.tensor(float(threshold)))
+        self.register_buffer("threshold", scalar(expect_number("threshold", threshold)))
         self.costs: tuple[float, ...] = shares(costs, len(fine))
 
     _column: Tensor  # where each class stands among the classes in order of their groups
@@ -246,7 +246,7 @@ class Hierarchy(Movable, DynamicLayer):
         if logits.shape != (piece.shape[0], self.sizes[g]):
             wanted = [piece.shape[0], self.sizes[g]]
             raise ValueError(f"fine[{g}]: expected logits {wanted}, got {list(logits.shape)}")
-        return torch.log_softmax(logits, 1)
+        return torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), 1)
 
     def extra_repr(self) -> str:
         return f"sizes={self.sizes}, threshold={shown(self.threshold)}"

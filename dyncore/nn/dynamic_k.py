@@ -13,7 +13,7 @@ from dyncore import activations
 from dyncore.nn.base import expect_size
 from dyncore.nn.dynamic_width import BlockMLP
 from dyncore.nn.full_precision import full_precision
-from dyncore.nn.gates import Movable, shown
+from dyncore.nn.gates import Movable, expect_share, scalar, shown
 
 
 class NormRouter(nn.Module):
@@ -65,7 +65,7 @@ class DynamicKMoE(Movable, BlockMLP):
 
     _transient = (*BlockMLP._transient, "_rows")
     _rows: Tensor | None = None
-    _bounds = {"tau": (0.0, 1.0)}  # noqa: RUF012
+    _checks = {"tau": expect_share}  # noqa: RUF012
     tau: Tensor
 
     def __init__(
@@ -81,11 +81,10 @@ class DynamicKMoE(Movable, BlockMLP):
     ) -> None:
         for name, value in (("hidden_dim", hidden_dim), ("num_experts", num_experts)):
             expect_size(name, value)
-        if not 0 <= tau <= 1:
-            raise ValueError(f"tau: expected a number in 0..1, got {tau}")
+        share = expect_share("tau", tau)
         super().__init__(dim, num_experts * hidden_dim, num_experts, activation=activation, bias=bias)
         self.router: nn.Module = NormRouter(dim, num_experts) if router is None else router
-        self.register_buffer("tau", torch.tensor(float(tau)))
+        self.register_buffer("tau", scalar(share))
 
     def forward(self, x: Tensor) -> Tensor:
         """Rows x [..., H] to rows [..., H]."""

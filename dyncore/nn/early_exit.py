@@ -54,7 +54,7 @@ class ExitLayer(DynamicLayer):
     def set_costs(self, costs: Costs) -> None:
         """Say what each stage costs with its exit: K numbers, or None where all cost the same."""
         reached = exits.cumulative(costs, self.num_exits)
-        self.costs: tuple[float, ...] = tuple(map(float, costs or [reached[0]] * self.num_exits))
+        self.costs: tuple[float, ...] = tuple(map(float, [reached[0]] * self.num_exits if costs is None else costs))
         self._shares = tuple(cost / reached[-1] for cost in reached)
 
     @property

@@ -15,6 +15,7 @@ first exit, at inf each takes the last.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -83,11 +84,7 @@ class Criterion(Movable):
 
     def threshold_of(self, number: int) -> Tensor:
         """The threshold of exit `number`, a scalar tensor. IndexError where there are fewer."""
-        if self.threshold.dim() == 0:
-            return self.threshold
-        if not 0 <= number < self.threshold.shape[0]:
-            raise IndexError(f"threshold: expected one for exit {number}, got {self.threshold.shape[0]} of them")
-        return self.threshold[number]
+        return _at(self.threshold, number)
 
     def extra_repr(self) -> str:
         if self.threshold.is_meta:
@@ -331,7 +328,15 @@ def threshold_of(criterion: Any, number: int) -> Tensor:
     threshold = getattr(criterion, "threshold", None)
     if threshold is None:
         raise ValueError("criterion: expected one with a threshold, got none")
-    return _thresholds(threshold) if not isinstance(threshold, Tensor) or threshold.dim() == 0 else threshold[number]
+    return _at(_thresholds(threshold), number)
+
+
+def _at(threshold: Tensor, number: int) -> Tensor:
+    if threshold.dim() == 0:
+        return threshold
+    if not 0 <= number < threshold.shape[0]:
+        raise IndexError(f"threshold: expected one for exit {number}, got {threshold.shape[0]} of them")
+    return threshold[number]
 
 
 def cumulative(costs: Sequence[float] | None, num_exits: int) -> list[float]:
@@ -341,8 +346,8 @@ def cumulative(costs: Sequence[float] | None, num_exits: int) -> list[float]:
     shares = [float(c) for c in costs]
     if len(shares) != num_exits:
         raise ValueError(f"costs: expected {num_exits} of them, one a stage, got {len(shares)}")
-    if not all(c >= 0 for c in shares) or not sum(shares) > 0:
-        raise ValueError(f"costs: expected numbers >= 0 that are not all 0, got {shares}")
+    if not all(c >= 0 for c in shares) or not 0 < sum(shares) < math.inf:
+        raise ValueError(f"costs: expected finite numbers >= 0 that are not all 0, got {shares}")
     return [sum(shares[: k + 1]) for k in range(num_exits)]
 
 

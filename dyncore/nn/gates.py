@@ -78,11 +78,25 @@ def expect_number(name: str, value: object) -> float:
     return number
 
 
-def _expect_temperature(value: object) -> float:
-    number = expect_number("temperature", value)
+def expect_temperature(name: str, value: object) -> float:
+    """A finite number > 0."""
+    number = expect_number(name, value)
     if not 0 < number < math.inf:
-        raise ValueError(f"temperature: expected a finite number > 0, got {number}")
+        raise ValueError(f"{name}: expected a finite number > 0, got {number}")
     return number
+
+
+def expect_share(name: str, value: object) -> float:
+    """A number in 0..1."""
+    number = expect_number(name, value)
+    if not 0 <= number <= 1:
+        raise ValueError(f"{name}: expected a number in 0..1, got {number}")
+    return number
+
+
+def scalar(number: float) -> Tensor:
+    """A number as the buffer of a `Movable`: float32, whatever torch's default is."""
+    return torch.tensor(number, dtype=torch.float32)
 
 
 class Capacity:
@@ -112,21 +126,32 @@ class Capacity:
 
 
 class Movable(nn.Module):
-    """Mixin: a number assigned to a scalar buffer fills it in place, so that a compiled module sees it without a
-    retrace. TypeError where something else but a tensor is assigned, ValueError on NaN and outside of `_bounds`."""
+    """Mixin: a number, or a tensor that holds one, assigned to a scalar buffer fills it in place, so that a compiled
+    module sees it without a retrace. TypeError on anything else, ValueError on NaN and on what `_checks` refuses.
 
-    _bounds: ClassVar[dict[str, tuple[float, float]]] = {}  # what a buffer may be set to: from, to
+    Floating buffers keep their dtype, float32, where the module takes another: a threshold of 0.999 is none in bfloat16.
+    """
+
+    # what a buffer may be set to, where that is not any number: raises, or returns the number
+    _checks: ClassVar[dict[str, Callable[[str, object], float]]] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
         buffer = self.__dict__.get("_buffers", {}).get(name)
-        if buffer is None or buffer.dim() or isinstance(value, Tensor):
+        if buffer is None or buffer.dim() or isinstance(value, nn.Parameter):
             super().__setattr__(name, value)
             return
-        number = expect_number(name, value)
-        low, high = self._bounds.get(name, (-math.inf, math.inf))
-        if not low <= number <= high:
-            raise ValueError(f"{name}: expected a number in {low:g}..{high:g}, got {number:g}")
-        buffer.fill_(number)
+        if isinstance(value, Tensor) and value.dim():
+            raise ValueError(f"{name}: expected a number, got shape {list(value.shape)}")
+        buffer.fill_(self._checks.get(name, expect_number)(name, value))
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Movable:
+        before = {name: b for name, b in self._buffers.items() if b is not None and b.is_floating_point()}
+        super()._apply(*args, **kwargs)
+        for name, buffer in before.items():
+            now = self._buffers[name]
+            if now is not None and now.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(now.device)
+        return self
 
 
 def scores(score: int | nn.Module, outputs: int) -> nn.Module:
@@ -195,7 +220,7 @@ class ThresholdGate(Gate):
         pool: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(score, weight=weight, pool=pool)
-        self.register_buffer("threshold", torch.tensor(expect_number("threshold", threshold)))
+        self.register_buffer("threshold", scalar(expect_number("threshold", threshold)))
 
     def forward(self, x: Tensor) -> Decision:
         """The decision on the rows of x [..., D]."""
@@ -223,6 +248,7 @@ class GumbelGate(ThresholdGate):
     evaluation there is no noise. `threshold` and `temperature` are buffers, so that both may be annealed.
     """
 
+    _checks = {"temperature": expect_temperature}  # noqa: RUF012
     temperature: Tensor
 
     def __init__(
@@ -235,7 +261,7 @@ class GumbelGate(ThresholdGate):
         pool: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(score, threshold, weight=weight, pool=pool)
-        self.register_buffer("temperature", torch.tensor(_expect_temperature(temperature)))
+        self.register_buffer("temperature", scalar(expect_temperature("temperature", temperature)))
 
     def forward(self, x: Tensor) -> Decision:
         """The decision on the rows of x [..., D]."""
@@ -263,6 +289,7 @@ class HardConcreteGate(ThresholdGate):
     The gradient of z is 0 where it is clipped; that of `open_probability`, which is what the L0 penalty sums, never is.
     """
 
+    _checks = {"temperature": expect_temperature}  # noqa: RUF012
     temperature: Tensor
 
     def __init__(
@@ -279,7 +306,7 @@ class HardConcreteGate(ThresholdGate):
         if not stretch[0] < 0 < 1 < stretch[1]:
             raise ValueError(f"stretch: expected (a, b) with a < 0 and b > 1, got {stretch}")
         self.stretch = stretch
-        self.register_buffer("temperature", torch.tensor(_expect_temperature(temperature)))
+        self.register_buffer("temperature", scalar(expect_temperature("temperature", temperature)))
 
     def forward(self, x: Tensor) -> Decision:
         """The decision on the rows of x [..., D]."""
@@ -353,7 +380,7 @@ class _Choosing(Movable):
         self.num_choices = num_choices
         self.exit = exit
         self.pool = pool
-        self.register_buffer("threshold", torch.tensor(expect_number("threshold", threshold)))
+        self.register_buffer("threshold", scalar(expect_number("threshold", threshold)))
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits [..., G] of each row (one more with an exit), in float32 or wider."""
@@ -381,6 +408,7 @@ class ChoiceGate(_Choosing):
         pool: applied to x before the score, for gates on samples.
     """
 
+    _checks = {"temperature": expect_temperature}  # noqa: RUF012
     temperature: Tensor
 
     def __init__(
@@ -396,7 +424,7 @@ class ChoiceGate(_Choosing):
     ) -> None:
         super().__init__(score, num_choices, threshold, pool, exit)
         self.weight: str = expect_choice("weight", weight, ("hard", "soft"))
-        self.register_buffer("temperature", torch.tensor(_expect_temperature(temperature)))
+        self.register_buffer("temperature", scalar(expect_temperature("temperature", temperature)))
 
     def forward(self, x: Tensor) -> Choices:
         """The choice for the rows of x [..., D]."""

@@ -16,7 +16,7 @@ from dyncore.execution import mode
 from dyncore.nn import losses
 from dyncore.nn.base import DynamicLayer, expect_callable, expect_choice, expect_like, expect_size, linked
 from dyncore.nn.choices import share, shares
-from dyncore.nn.gates import Gate, Movable, shown
+from dyncore.nn.gates import Gate, Movable, expect_share, scalar, shown
 from dyncore.nn.halting_steps import Outcome, attend, by_compaction, every_step, in_place, looks_across, over
 from dyncore.plan import countable, route_mask
 
@@ -78,7 +78,7 @@ class AdaptiveDepth(Movable, DynamicLayer):
     step is computed for every row. Raises ValueError or TypeError where x, a block or a score does not fit.
     """
 
-    _bounds = {"epsilon": (0.0, 1.0)}  # noqa: RUF012
+    _checks = {"epsilon": expect_share}  # noqa: RUF012
     _transient = (*DynamicLayer._transient, "last_halting", "_steps", "_remainder")
     last_halting: Tensor | None = None
     _steps: Tensor | None = None
@@ -114,8 +114,6 @@ class AdaptiveDepth(Movable, DynamicLayer):
         if tokens and spatial:
             raise ValueError("spatial: expected rows that are tokens or positions, got both")
         epsilon = (0.01 if halting == "act" else 0.5) if epsilon is None else epsilon
-        if not 0.0 <= epsilon <= 1.0:
-            raise ValueError(f"epsilon: expected a number in 0..1, got {epsilon}")
         if not 0.0 < prior < 1.0:
             raise ValueError(f"prior: expected a number in 0..1 (both excluded), got {prior}")
         self.num_steps: int = max_steps or len(chain)
@@ -131,7 +129,7 @@ class AdaptiveDepth(Movable, DynamicLayer):
         self.prior = prior
         self.sample = sample
         self._joint: bool = looks_across(chain, tokens, spatial, attention)
-        self.register_buffer("epsilon", torch.tensor(float(epsilon)))
+        self.register_buffer("epsilon", scalar(expect_share("epsilon", epsilon)))
         self.costs: tuple[float, ...] = shares(costs, self.num_steps)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -18,9 +18,16 @@ from torch import Tensor, nn
 
 from dyncore.nn.base import expect_size
 from dyncore.nn.full_precision import full_precision
-from dyncore.nn.gates import Movable, scores, shown
+from dyncore.nn.gates import Movable, expect_number, scalar, scores, shown
 
 __all__ = ["BernoulliPolicy", "greedy", "log_probability", "sparse_reward"]
+
+
+def _expect_alpha(name: str, value: object) -> float:
+    number = expect_number(name, value)
+    if not 0.5 < number <= 1.0:
+        raise ValueError(f"{name}: expected a number in 0.5..1 (0.5 excluded), got {number}")
+    return number
 
 
 class BernoulliPolicy(Movable):
@@ -44,6 +51,7 @@ class BernoulliPolicy(Movable):
     Both are None before the first forward and neither saved nor copied. Masks have no gradient.
     """
 
+    _checks = {"alpha": _expect_alpha}  # noqa: RUF012
     threshold: Tensor
     alpha: Tensor
     last_log_probability: Tensor | None = None
@@ -62,13 +70,11 @@ class BernoulliPolicy(Movable):
         super().__init__()
         if num_actions is not None:
             expect_size("num_actions", num_actions)
-        if not 0.5 < alpha <= 1.0:
-            raise ValueError(f"alpha: expected a number in 0.5..1 (0.5 excluded), got {alpha}")
         self.score: nn.Module = scores(score, num_actions or 1)
         self.num_actions = num_actions
         self.pool = pool
-        self.register_buffer("threshold", torch.tensor(float(threshold)))
-        self.register_buffer("alpha", torch.tensor(float(alpha)))
+        self.register_buffer("threshold", scalar(expect_number("threshold", threshold)))
+        self.register_buffer("alpha", scalar(_expect_alpha("alpha", alpha)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Which actions are taken: bool [..., K], or [...] of a policy with one."""

@@ -36,7 +36,7 @@ from dyncore.nn.base import (
 )
 from dyncore.nn.cache import KeyValueCache
 from dyncore.nn.full_precision import full_precision
-from dyncore.nn.gates import Capacity, Movable
+from dyncore.nn.gates import Capacity, Movable, scalar
 from dyncore.ops import gather_rows
 from dyncore.plan import Plan, holds, select_topk
 
@@ -266,7 +266,7 @@ class MixtureOfDepths(Capacity, Movable, _TokenLayer):
                 f"block: expected a block whose forward takes positions= and live= for inference={inference!r}, "
                 f"got {type(block).__name__}"
             )
-        self.register_buffer("threshold", torch.tensor(0.5))
+        self.register_buffer("threshold", scalar(0.5))
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Sequences x [B, S, D] with the chosen tokens through the block, the others as they are. A cache as in

@@ -106,3 +106,8 @@ def test_bad_calls_name_the_argument(call, kind, message):
     with pytest.raises(kind) as error:
         call()
     assert message in str(error.value)
+
+
+def test_a_network_of_one_exit_has_its_cost():
+    net = dc.nn.EarlyExit([nn.Identity()], [nn.Linear(4, 3)])
+    assert dc.measure.exit_costs(net, torch.randn(2, 4)) == [24.0]

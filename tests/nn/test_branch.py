@@ -307,3 +307,15 @@ def test_a_hierarchy_compiles_copies_and_moves_its_threshold():
         assert torch.equal(twin(x), layer(x))
     assert hierarchy().load_state_dict(layer.state_dict())
     assert layer(x[:0]).shape == (0, 6)
+
+
+def test_a_hierarchy_of_halves_gives_distributions():
+    net = dc.nn.Hierarchy(nn.Linear(D, 2), [nn.Linear(D, 40), nn.Linear(D, 3)], [list(range(40)), [40, 41, 42]], 0.0)
+    p = net.bfloat16()(torch.randn(9, D, dtype=torch.bfloat16)).exp().sum(1)
+    torch.testing.assert_close(p, torch.ones(9), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("threshold", [float("nan"), None])
+def test_a_hierarchy_wants_a_threshold_that_is_a_number(threshold):
+    with pytest.raises((TypeError, ValueError), match="threshold: expected a number"):
+        dc.nn.Hierarchy(nn.Linear(D, 1), [nn.Linear(D, 2)], [[0, 1]], threshold)

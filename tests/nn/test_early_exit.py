@@ -407,3 +407,8 @@ def test_bad_calls_name_the_argument(call, kind, message):
     with pytest.raises(kind) as error:
         call()
     assert message in str(error.value)
+
+
+def test_costs_may_be_a_tensor():
+    layer = dc.nn.EarlyExit([nn.Identity()] * 2, [nn.Identity()] * 2, costs=torch.tensor([1.0, 3.0]))
+    assert layer.costs == (1.0, 3.0)

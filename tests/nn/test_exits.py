@@ -175,6 +175,21 @@ def test_zero_time_waste_is_a_geometric_mean_of_what_is_known(chained):
 
 
 LOGITS = [torch.zeros(3, 5)] * 2
+def test_a_criterion_of_ones_own_may_have_a_threshold_for_each_exit():
+    class Own:
+        def __init__(self, threshold):
+            self.threshold = threshold
+
+        def __call__(self, logits, state):
+            return torch.softmax(logits, -1).amax(-1)
+
+    logits = [torch.tensor([[2.0, 0.0], [3.0, 0.0]])] * 3  # 0.88 and 0.95
+    for threshold in ([0.9, 0.0], (0.9, 0.0), torch.tensor([0.9, 0.0])):
+        assert exits.simulate(logits, Own(threshold)).exit.tolist() == [1, 0]
+    with pytest.raises(IndexError, match="threshold: expected one for exit 1, got 1"):
+        exits.simulate(logits, Own([0.9]))
+
+
 BAD_CALLS = [
     (lambda: exits.MaxProbability([[0.5]]), ValueError, "threshold: expected a number or one for each exit but the last"),
     (lambda: exits.MaxProbability()(torch.zeros(3)), ValueError, "logits: expected shape [B, C], got [3]"),
@@ -189,7 +204,8 @@ BAD_CALLS = [
     (lambda: exits.simulate(LOGITS[0], exits.Margin()), ValueError, "logits: expected a sequence of tensors [B, C]"),
     (lambda: exits.simulate([LOGITS[0], torch.zeros(2, 5)], exits.Margin()), ValueError, "logits[1]: expected the shape of the first"),
     (lambda: exits.simulate(LOGITS, exits.Margin(), [1]), ValueError, "costs: expected 2 of them, one a stage, got 1"),
-    (lambda: exits.simulate(LOGITS, exits.Margin(), [-1, 1]), ValueError, "costs: expected numbers >= 0"),
+    (lambda: exits.simulate(LOGITS, exits.Margin(), [-1, 1]), ValueError, "costs: expected finite numbers >= 0"),
+    (lambda: exits.simulate(LOGITS, exits.Margin(), [1, INF]), ValueError, "costs: expected finite numbers >= 0"),
     (lambda: exits.calibrate(torch.zeros(3), [1, 1, 1], 2), ValueError, "confidences: expected shape [K, N], got [3]"),
     (lambda: exits.ZeroTimeWaste(nn.Identity(), 0, 5), ValueError, "in_features: expected an int >= 1, got 0"),
 ]  # fmt: skip

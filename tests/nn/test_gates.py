@@ -333,3 +333,56 @@ def test_a_share_outside_of_its_range_is_refused_at_run_time(value):
 def test_an_exit_wants_at_least_one_threshold():
     with pytest.raises(ValueError, match="threshold: expected a number or one for each exit but the last"):
         dc.nn.exits.MaxProbability([])
+        setattr(module, name, torch.tensor(0.5))
+        with pytest.raises(ValueError, match=rf"{name}: expected a number in 0\.\.1, got 5"):
+            setattr(module, name, torch.tensor(5.0))
+        assert float(getattr(module, name)) == 0.5
+
+
+MOVABLE = {
+    "ThresholdGate": (lambda: dc.nn.ThresholdGate(D, 0.999), "threshold"),
+    "GumbelGate": (lambda: dc.nn.GumbelGate(D, 0.999), "temperature"),
+    "HardConcreteGate": (lambda: dc.nn.HardConcreteGate(D, 0.999), "temperature"),
+    "ChoiceGate": (lambda: dc.nn.ChoiceGate(D, 2, 0.999), "temperature"),
+    "CountGate": (lambda: dc.nn.CountGate(D, 2, temperature=0.999), "temperature"),
+    "BernoulliPolicy": (lambda: dc.nn.BernoulliPolicy(D, alpha=0.999), "alpha"),
+    "DynamicKMoE": (lambda: dc.nn.DynamicKMoE(D, 8, 2, 0.999), "tau"),
+    "AdaptiveDepth": (lambda: dc.nn.AdaptiveDepth(nn.Linear(D, D), D, 3, epsilon=0.999), "epsilon"),
+    "Hierarchy": (lambda: dc.nn.Hierarchy(nn.Linear(D, 1), [nn.Linear(D, 2)], [[0, 1]], 0.999), "threshold"),
+    "MaxProbability": (lambda: dc.nn.exits.MaxProbability([0.999, 0.25]), "threshold"),
+}
+
+
+@pytest.mark.parametrize("kind", MOVABLE)
+def test_thresholds_do_not_take_the_dtype_of_the_model(kind):
+    make, name = MOVABLE[kind]
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)  # as transformers does while it builds a model
+        module = make()
+    finally:
+        torch.set_default_dtype(default)
+    want = torch.tensor([0.999, 0.25] if kind == "MaxProbability" else 0.999)
+    for cast in (torch.bfloat16, torch.float16, torch.float64):
+        assert torch.equal(getattr(nn.Sequential(module).to(cast)[0], name), want)
+    assert getattr(module.to("meta"), name).is_meta
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MOVABLE if kind != "MaxProbability"])
+def test_tensors_are_checked_as_numbers_are(kind):
+    make, name = MOVABLE[kind]
+    module = make()
+    buffer = getattr(module, name)
+    for value, error in ((torch.ones(2), ValueError), (torch.tensor(float("nan")), ValueError), (True, TypeError)):
+        with pytest.raises(error, match=f"{name}: expected a number"):
+            setattr(module, name, value)
+    setattr(module, name, torch.tensor(0.75, dtype=torch.float64))
+    assert getattr(module, name) is buffer
+    assert float(buffer) == 0.75
+    if name == "temperature":
+        for value in (0.0, -3.0, torch.tensor(0.0), float("inf")):
+            with pytest.raises(ValueError, match="temperature: expected a finite number > 0"):
+                module.temperature = value
+    if name == "alpha":
+        with pytest.raises(ValueError, match=r"alpha: expected a number in 0.5..1 \(0.5 excluded\), got 7"):
+            module.alpha = 7
