@@ -241,6 +241,8 @@ def test_heads_of_tokens_heed_the_mask():
         torch.testing.assert_close(head(spoiled, attention_mask=mask), head.linear(head.norm(want)))
     head = PooledHead(hidden.shape, C, "first")
     torch.testing.assert_close(head(hidden), head.linear(head.norm(hidden[:, 0])))
+    want = torch.stack([hidden[0, 0], hidden[1, 0], hidden[2, 1]])
+    torch.testing.assert_close(head(spoiled, attention_mask=mask), head.linear(head.norm(want)))
 
 
 def test_heads_may_use_the_exit_before():
@@ -368,3 +370,28 @@ def test_a_threshold_on_the_model_that_was_given_exits_is_refused():
     layer(*example)
     model.threshold = 1.0  # a model may have one of its own
     dc.convert.add_early_exits(layer.remove(), at, example)(*example)
+
+
+def test_arguments_may_come_by_position():
+    model, at, example = hugging_face("bert")
+    layer = dc.convert.add_early_exits(model.eval(), at, example).eval()
+    layer.threshold = 0.25
+    with torch.no_grad():
+        assert torch.equal(layer(*example.values()), layer(**example))
+        for got, want in zip(layer.every_exit(*example.values()), layer.every_exit(**example), strict=True):
+            assert torch.equal(got, want)
+    model, at, example = hugging_face("gpt2")
+    layer = dc.convert.add_early_exits(model.eval(), at, example).eval()
+    with pytest.raises(ValueError, match="past_key_values: expected none"):
+        layer(example["input_ids"], object())
+
+
+def test_an_exit_after_the_last_block_alone():
+    model, _, example = hugging_face("gpt2")
+    layer = dc.convert.add_early_exits(model.eval(), ["transformer.h.2"], example).eval()
+    with torch.no_grad():
+        first, last = layer.every_exit(**example)
+        layer.threshold = torch.softmax(first, 1).amax(1).median().item()
+        out = layer(**example)
+    assert layer.last_exit.unique().numel() == 2
+    assert_values(out, torch.where((layer.last_exit == 0)[:, None], first, last))

@@ -202,7 +202,7 @@ def _look(model: nn.Module, at: Sequence[str], args: Any, kwargs: Any) -> tuple[
 def _per_sample(model: nn.Module, at: Sequence[str], args: Any, kwargs: Any) -> dict[Path, bool]:
     """Which tensors among the arguments of later blocks have a row for each sample: those whose number of rows is that
     of the samples, of whatever number these are."""
-    later = blocks_of_list(model, at)
+    later = blocks_of_list(model, at)[1:]
     found: list[dict[Path, bool]] = []
     for count in (2, 3):
         rows: dict[Path, bool] = {}

@@ -156,7 +156,9 @@ class TransformerBlock(nn.Module):
         self.norm_attention: nn.LayerNorm = nn.LayerNorm(dim)
         self.attention: Attention = Attention(dim, num_heads, causal=causal, rotary=rotary, num_kv_heads=num_kv_heads)
         self.norm_mlp: nn.LayerNorm = nn.LayerNorm(dim)
-        self.mlp: nn.Module = mlp or MLP(dim, hidden_dim or 4 * dim, activation=activation, bias=bias)
+        if mlp is None:  # an empty Sequential is False
+            mlp = MLP(dim, hidden_dim or 4 * dim, activation=activation, bias=bias)
+        self.mlp: nn.Module = mlp
 
     def forward(
         self,

@@ -41,10 +41,12 @@ def _counts(plan: Plan) -> list[int] | None:
 def _pieces(rows: Tensor, row_shape: torch.Size, plan: Plan, mask: Tensor, counts: list[int] | None) -> list[Tensor]:
     """The rows [T, D] that each group computes, of the shape [A_g, *row_shape]; all rows are not moved."""
     if counts is None:
-        return [torch.where(live[:, None], rows, 0).view(-1, *row_shape) for live in mask.unbind(1)]
-    if max(counts) == sum(counts) == rows.shape[0]:
-        return [rows[:count].view(-1, *row_shape) for count in counts]
-    return [piece.view(-1, *row_shape) for piece in gather_rows(rows, plan).split(counts)]
+        pieces = [torch.where(live[:, None], rows, 0) for live in mask.unbind(1)]
+    elif max(counts) == sum(counts) == rows.shape[0]:
+        pieces = [rows[:count] for count in counts]
+    else:
+        pieces = gather_rows(rows, plan).split(counts)
+    return [piece.view(piece.shape[0], *row_shape) for piece in pieces]
 
 
 def _weighted(y: Tensor, scale: Tensor | None) -> Tensor:

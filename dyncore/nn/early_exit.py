@@ -146,7 +146,8 @@ class Running:
             self.logits = torch.where(self.live[:, None], logits.to(before.dtype), before)
             self.exit = torch.where(self.live, number, self.exit)
         else:  # nobody took the exit before: it gets zero gradients, as where somebody did
-            self.logits = logits + before.reshape(-1)[:0].sum().to(logits.dtype) if before.requires_grad else logits
+            logits = logits.to(before.dtype)
+            self.logits = logits + before.reshape(-1)[:0].sum() if before.requires_grad else logits
             self.exit = torch.full_like(self.exit, number)
 
     def result(self, *passed_by: nn.Module) -> Tensor:
@@ -188,9 +189,10 @@ class EarlyExit(ExitLayer):
         costs: K numbers, what each stage costs with its head; equal if None.
 
     In training a forward computes every stage and returns the list of all logits, for `losses.multi_exit`. In
-    evaluation it returns logits [B, C], those of each sample's exit: stage k+1 runs on the samples that exit k kept,
-    all tensors of their state moved side by side; the rest is not computed. `every_exit(x)` returns all logits in
-    either. At threshold inf the result is exactly that of the last exit, at -inf that of the first, for every sample.
+    evaluation it returns logits [B, C], those of each sample's exit, in the dtype of the first: stage k+1 runs on the
+    samples that exit k kept, all tensors of their state moved side by side; the rest is not computed. `every_exit(x)`
+    returns all logits in either. At threshold inf the result is exactly that of the last exit, at -inf that of the
+    first, for every sample.
 
     Gradient goes to stages, heads and x through the exits taken; the choice of an exit has none. Samples must be
     treated one by one (BatchNorm in evaluation does). See `ExitLayer` for last_exit, last_plan, last_cost.

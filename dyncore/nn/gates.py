@@ -129,7 +129,7 @@ class Movable(nn.Module):
     """Mixin: a number, or a tensor that holds one, assigned to a scalar buffer fills it in place, so that a compiled
     module sees it without a retrace. TypeError on anything else, ValueError on NaN and on what `_checks` refuses.
 
-    Floating buffers keep their dtype, float32, where the module takes another: a threshold of 0.999 is none in bfloat16.
+    Floating buffers stay float32 where the module takes another dtype: 0.999 is 1 in bfloat16.
     """
 
     # what a buffer may be set to, where that is not any number: raises, or returns the number
@@ -333,8 +333,8 @@ class TopKGate(Capacity, Gate):
     Args:
         capacity: a float is a ratio of the rows, an int a count. The count is static: nothing is padded on any device.
 
-    Looks at the whole sequence, so it is not causal. `capacity` may be set at run time; a compiled layer is then traced
-    again, for its shapes depend on it.
+    A row whose logit is NaN ranks first. Looks at the whole sequence, so it is not causal. `capacity` may be set at run
+    time; a compiled layer is then traced again, for its shapes depend on it.
     """
 
     def __init__(

@@ -110,18 +110,21 @@ def expected(losses: Tensor, probabilities: Tensor) -> Tensor:
 
 
 def l1(activations: Tensor) -> Tensor:
-    """Mean absolute activation, which a ReLU network learns to keep at 0 (Georgiadis 2019). A scalar; 0 for none."""
-    return activations.abs().sum() / max(activations.numel(), 1)
+    """Mean absolute activation, which a ReLU network learns to keep at 0 (Georgiadis 2019). A scalar, float32 or wider;
+    0 for none."""
+    wide = torch.promote_types(activations.dtype, torch.float32)
+    return activations.abs().sum(dtype=wide) / max(activations.numel(), 1)
 
 
 def square_hoyer(activations: Tensor) -> Tensor:
     """Mean over rows of (sum |a|)^2 / sum a^2 of activations [..., I] (Kurtz 2020; D2DMoE, Szatkowski 2024).
 
     Between 1 (one activation is not 0) and I (all are equal), whatever their size: it makes activations sparse without
-    making them small. A scalar; rows of zeros count as 0, and no rows give 0.
+    making them small. A scalar, float32 or wider; rows of zeros count as 0, and no rows give 0.
     """
     if activations.dim() < 1:
         raise ValueError("activations: expected at least 1 dimension, got shape []")
+    activations = activations.to(torch.promote_types(activations.dtype, torch.float32))
     squares = activations.square().sum(-1)
     some = squares > 0
     ratio = activations.abs().sum(-1).square() / torch.where(some, squares, 1)

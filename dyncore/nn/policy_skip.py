@@ -105,7 +105,7 @@ class PolicySkip(DynamicLayer):
     def _block(self, k: int, live: Tensor, row_shape: torch.Size) -> Tensor:
         if not live.shape[0]:  # many modules refuse an empty batch
             return linked(live, self.blocks[k])
-        shaped = live.view(-1, *row_shape)
+        shaped = live.view(live.shape[0], *row_shape)
         return expect_like(f"blocks[{k}]", self.blocks[k](shaped), shaped).reshape(live.shape)
 
     def extra_repr(self) -> str:

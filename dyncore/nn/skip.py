@@ -61,8 +61,8 @@ class Skip(DynamicLayer):
             where there is none.
         returns: "output": F(x) takes the place of x, as above. "update": F(x) is added: x' = x + g F(x).
 
-    A closed row comes out as it went in, whatever it holds; with every gate at exactly 1 the result is exactly F(x).
-    Gradient reaches F, x, and the gate through the rows computed.
+    A closed row comes out as it went in, whatever it holds; with every gate at exactly 1 the result is exactly F(x)
+    where x is finite. Gradient reaches F, x, and the gate through the rows computed.
 
     Modules that mix rows: attention (PyTorch's or ours), by itself or in an nn.Sequential, would take the live tokens
     of a whole batch for one sequence, and is refused where rows are tokens (`TokenSkip` takes it). Any other mixing is
@@ -120,7 +120,7 @@ class Skip(DynamicLayer):
     def _apply_module(self, live: Tensor, row_shape: torch.Size) -> Tensor:
         if holds(live.shape[0] == 0):  # many modules refuse an empty batch
             return linked(live, self.module)
-        shaped = live.view(-1, *row_shape)
+        shaped = live.view(live.shape[0], *row_shape)
         return expect_like("module", self.module(shaped), shaped).reshape(live.shape)
 
     def extra_repr(self) -> str:

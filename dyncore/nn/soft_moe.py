@@ -26,8 +26,9 @@ class SoftMoE(DynamicLayer):
         slots: of each expert, for each sequence. E * slots is what a sequence costs, however long it is.
         activation: any of dc.grouped_mlp. bias: whether experts have biases.
 
-    D is the softmax of the logits [S, E * slots] over the tokens of a sequence, C over the slots. As in the paper the
-    tokens and the slots' vectors are normalised and multiplied by a learned `scale`, so that logits do not grow with H.
+    D is the softmax of the logits [S, E * slots] over the tokens of a sequence, C over the slots. As in the paper they
+    are the cosines of tokens and slots' vectors, multiplied by a learned `scale`; here times sqrt(H) beside, so that
+    from scale = 1 those of random directions have size 1 at any H.
 
     Every token goes into every slot: no pair of a row and an expert can be left out, `last_cost` is 1 for each row, and
     no threshold trades accuracy for compute. What it saves against a dense MLP is in the number of slots, which is

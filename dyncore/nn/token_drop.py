@@ -73,8 +73,9 @@ class TokenDrop(DynamicLayer, Gate):
             task teaches the score; "soft": p; "none": 1, without a gradient.
 
     In training Gumbel noise is added to the logits, so that tokens are drawn without replacement (Gumbel top-k, Kool
-    2019) and a token that is left out today has its chance; in evaluation there is none. The order of the tokens stays.
-    The paper trains with all tokens and a masked attention; here dropped tokens cost nothing in training, too.
+    2019) and a token that is left out today has its chance; in evaluation there is none. A token whose score is NaN is
+    the last to be kept. The order of the tokens stays. The paper trains with all tokens and a masked attention; here
+    dropped tokens cost nothing in training, too.
 
     `last_cost` is 1 for a token that goes on and 0 for others. `gather` picks the same tokens of other tensors (their
     positions, for rotary attention), `restore` puts the kept ones back among all. Raises TypeError or ValueError on

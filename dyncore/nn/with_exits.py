@@ -6,6 +6,7 @@ are left, and is broken off where none is.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -41,13 +42,15 @@ class PooledHead(nn.Module):
         if not self.tokens:
             return self.linear(hidden.flatten(2).mean(2) if hidden.dim() > 2 else hidden)
         seen = attention_mask
-        if seen is None or seen.shape != hidden.shape[:2] or self.pool == "first":
+        if seen is None or seen.shape != hidden.shape[:2]:
             pooled = {"mean": hidden.mean(1), "first": hidden[:, 0], "last": hidden[:, -1]}[self.pool]
         elif self.pool == "mean":
             weight = seen.to(hidden.dtype)[:, :, None]
             pooled = (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
-        else:
-            places = torch.arange(seen.shape[1], device=seen.device) * (seen != 0)
+        else:  # the first of the largest
+            places = (seen != 0).int()
+            if self.pool == "last":
+                places = places * torch.arange(seen.shape[1], device=seen.device)
             pooled = hidden[torch.arange(len(hidden), device=seen.device), places.argmax(1)]
         return self.linear(self.norm(pooled))
 
@@ -78,6 +81,7 @@ class WithExits(ExitLayer):
     _mask: Tensor | None = None
     _restored: bool = False
     _has_threshold: bool = True  # whether the model had one before
+    _names: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -94,16 +98,17 @@ class WithExits(ExitLayer):
         self.heads: nn.ModuleList = nn.ModuleList(heads)
         self.report: Any = None
         self._has_threshold = hasattr(model, "threshold")
+        self._names = _positional(model)
         self._takes = tuple(tuple(n for n in ("previous", "attention_mask") if takes(head, n)) for head in heads)
         self._per_sample = dict(per_sample or {})
         self._handles: list[Any] = []
-        later = blocks_of_list(model, self.at)
-        for block in later:
+        blocks = blocks_of_list(model, self.at)
+        for block in blocks[1:]:
             self._handles.append(block.register_forward_pre_hook(_Before(self), with_kwargs=True))
         for number, name in enumerate(self.at):
             self._handles.append(model.get_submodule(name).register_forward_hook(_After(self, number)))
-        if later:
-            self._handles.append(later[-1].register_forward_hook(_Restore(self)))
+        if blocks:
+            self._handles.append(blocks[-1].register_forward_hook(_Restore(self)))
 
     def remove(self) -> nn.Module:
         """The model without hooks."""
@@ -114,12 +119,11 @@ class WithExits(ExitLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | list[Tensor]:
         """Logits [B, C]; in training the list of all exits' logits."""
-        args, kwargs = self._given(args, kwargs)
+        args, kwargs = self._begin(args, kwargs)
         running = Running(self, (args, kwargs))
         if self.training:
             self.finish(torch.full_like(running.exit, self.num_exits - 1), training=True)
             return self.every_exit(*args, **kwargs)
-        self._start(kwargs)
         self._running = running
         passed_by: tuple[nn.Module, ...] = ()
         try:
@@ -136,8 +140,7 @@ class WithExits(ExitLayer):
 
     def every_exit(self, *args: Any, **kwargs: Any) -> list[Tensor]:
         """Logits [B, C] of all exits, everything computed."""
-        args, kwargs = self._given(args, kwargs)
-        self._start(kwargs)
+        args, kwargs = self._begin(args, kwargs)
         self._collected = found = []
         try:
             last = logits_of(self.model(*args, **kwargs))
@@ -145,15 +148,16 @@ class WithExits(ExitLayer):
             self._collected = self._previous = self._mask = None
         return [*found, last]
 
-    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The model's arguments, checked."""
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The model's arguments, checked, at the start of a forward."""
         if len(args) == 1 and not kwargs and isinstance(args[0], Mapping):
             named = cast("Mapping[str, Any]", args[0])
             if all(takes(self.model, name) for name in named):
                 args, kwargs = (), dict(named)
-        if kwargs.get("past_key_values") is not None:
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        if given.get("past_key_values") is not None:
             raise ValueError("past_key_values: expected none: exits are for whole sequences, not for generation")
-        if kwargs.get("labels") is not None:
+        if given.get("labels") is not None:
             raise ValueError(
                 "labels: expected none, since logits are returned and no loss: losses.multi_exit makes one of the "
                 "logits of all exits that a forward in training returns"
@@ -162,12 +166,10 @@ class WithExits(ExitLayer):
             raise ValueError(
                 "threshold: expected to be set on the module with exits, got one on its model, which nothing reads"
             )
-        return args, kwargs
-
-    def _start(self, kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
+        mask = given.get("attention_mask")
         self._mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         self._previous, self._restored = None, False
+        return args, kwargs
 
     def _leave(self, number: int, output: Any) -> Any:
         """What a block returns, of the samples that go on after its exit."""
@@ -248,8 +250,15 @@ def mapped(run: Callable[[Path, Tensor], Tensor], tree: Any, path: Path = ()) ->
     return tree
 
 
+def _positional(model: nn.Module) -> tuple[str, ...]:
+    """The names of a model's arguments, as they come by position."""
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    parameters = inspect.signature(model.forward).parameters.values()
+    return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+
+
 def blocks_of_list(model: nn.Module, at: Sequence[str]) -> list[nn.Module]:
-    """Where the blocks named stand in an nn.ModuleList: those of the list behind the first of them. Else none."""
+    """Where the blocks named stand in an nn.ModuleList: those of the list from the first of them on. Else none."""
     parents = {name.rpartition(".")[0] for name in at}
     lists = [parent for parent in parents if isinstance(model.get_submodule(parent), nn.ModuleList)]
     if not lists:
@@ -258,4 +267,4 @@ def blocks_of_list(model: nn.Module, at: Sequence[str]) -> list[nn.Module]:
         raise ValueError(f"at: expected blocks of one list, got some of {', '.join(sorted(parents))}")
     first = model.get_submodule(at[0])
     blocks = list(model.get_submodule(lists[0]).children())
-    return blocks[next(i for i, block in enumerate(blocks) if block is first) + 1 :]
+    return blocks[next(i for i, block in enumerate(blocks) if block is first) :]

@@ -172,7 +172,7 @@ def attention(
     _expect_marks("q_live", q_live, "B N", (batch, queries), q)
     _expect_marks("k_live", k_live, "B M", (batch, keys), q)
     _expect_marks("k_sizes", k_sizes, "B M", (batch, keys), q)
-    factor: float = q.shape[3] ** -0.5 if scale is None else scale
+    factor: float = max(q.shape[3], 1) ** -0.5 if scale is None else scale
     bias = None if k_sizes is None else k_sizes.detach().to(torch.promote_types(q.dtype, torch.float32)).log()
     marks = (q_places, k_places, q_live, k_live, bias, causal, factor)
     if _skips(q, any(t is not None for t in marks[:5])):
@@ -187,7 +187,7 @@ def attention(
 
 def _skips(q: Tensor, something_is_left_out: bool) -> bool:
     """Whether the kernel runs, or its reference, rather than torch's attention, which multiplies all pairs."""
-    if q.device.type != "cpu" or mode() == "masked":
+    if q.device.type != "cpu" or mode() == "masked" or q.shape[3] == 0:  # the kernel has no scores without products
         return False
     fewest = _FEWEST_SELECTED if something_is_left_out else _FEWEST_OF_ALL
     return mode() == "sparse" or (cpu.serves(q) and q.shape[2] >= fewest)

@@ -255,7 +255,11 @@ def test_no_rows_are_no_rows(layer):
             TypeError,
             "gate: expected a scale that is a Tensor, got float",
         ),
-        (lambda: dc.nn.CountGate(D, 3, temperature=0), ValueError, "temperature: expected a finite number > 0, got 0.0"),
+        (
+            lambda: dc.nn.CountGate(D, 3, temperature=0),
+            ValueError,
+            "temperature: expected a finite number > 0, got 0.0",
+        ),
         (
             lambda: dc.nn.CountGate(nn.Linear(D, 3), 3)(torch.randn(2, D)),
             ValueError,

@@ -412,3 +412,17 @@ def test_bad_calls_name_the_argument(call, kind, message):
 def test_costs_may_be_a_tensor():
     layer = dc.nn.EarlyExit([nn.Identity()] * 2, [nn.Identity()] * 2, costs=torch.tensor([1.0, 3.0]))
     assert layer.costs == (1.0, 3.0)
+
+
+@pytest.mark.parametrize("mode", ["sparse", "masked"])
+def test_the_dtype_of_the_logits_does_not_depend_on_who_leaves(mode):
+    class Half(nn.Module):
+        def forward(self, x):
+            return x.bfloat16()
+
+    layer = dc.nn.EarlyExit([nn.Identity()] * 2, [Half(), nn.Identity()]).eval()
+    x = torch.tensor([[9.0, 0.0], [0.1, 0.0]])
+    for threshold in (-INF, 0.9, INF):
+        layer.threshold = threshold
+        with dc.execution(mode):
+            assert layer(x).dtype == torch.bfloat16

@@ -175,6 +175,8 @@ def test_zero_time_waste_is_a_geometric_mean_of_what_is_known(chained):
 
 
 LOGITS = [torch.zeros(3, 5)] * 2
+
+
 def test_a_criterion_of_ones_own_may_have_a_threshold_for_each_exit():
     class Own:
         def __init__(self, threshold):

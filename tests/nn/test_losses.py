@@ -153,3 +153,15 @@ def test_losses_of_exits_name_what_is_wrong():
         losses.exit_distillation([z])
     with pytest.raises(ValueError, match="temperature: expected a number > 0, got 0"):
         losses.exit_distillation([z, z], 0)
+
+
+def test_activations_of_16_bits_do_not_overflow_a_loss():
+    activations = torch.rand(4, 4096)
+    half = activations.half()
+    assert float(losses.square_hoyer(half)) == pytest.approx(float(losses.square_hoyer(half.double())), rel=1e-5)
+    assert float(losses.l1(half.expand(100, -1, -1))) == pytest.approx(float(half.double().mean()), rel=1e-5)
+    for loss in (losses.square_hoyer, losses.l1):
+        x = half.clone().requires_grad_()
+        loss(x).backward()
+        assert x.grad.dtype == torch.float16
+        assert loss(half.double()).dtype == torch.float64

@@ -326,3 +326,23 @@ def test_a_scale_that_is_no_number_where_no_row_is_live_leaves_the_cost_alone():
     assert layer.last_cost.tolist() == [1.0, 0.0, 1.0, 0.0]
     (grad,) = torch.autograd.grad(layer.last_cost.sum(), scale)
     assert grad.tolist() == [1.0, 0.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("mode", ["sparse", "masked"])
+def test_samples_may_be_empty(mode):
+    x = torch.zeros(2, 0, 13)
+
+    def first(x):
+        return torch.tensor([True, False])
+
+    def routed(x):
+        return torch.tensor([[True, False], [False, True]])
+
+    layers = [
+        dc.nn.Skip(nn.Identity(), first),
+        dc.nn.PolicySkip([nn.Identity()] * 2, routed),
+        dc.nn.Branch([nn.Identity()] * 2, routed),
+    ]
+    for layer in layers:
+        with dc.execution(mode):
+            assert layer(x).shape == x.shape

@@ -323,3 +323,8 @@ def test_bad_arguments_are_named():
         dc.nn.Attention(D, 3)
     with pytest.raises(ValueError, match="num_heads: expected an even head width for rotary, got 1"):
         dc.nn.Attention(D, D)
+
+
+def test_a_block_whose_mlp_is_empty_has_none():
+    block = dc.nn.TransformerBlock(8, 2, mlp=nn.Sequential())
+    assert isinstance(block.mlp, nn.Sequential)

@@ -307,3 +307,12 @@ def test_the_bindings_refuse_what_would_lead_outside():
         cpu.native.attention(q, k, v, at.long(), places, *others, causal, scale, out, logarithm, 1)
     with pytest.raises(ValueError, match="out: expected"):
         cpu.native.attention(q, k, v, at, places, *others, causal, scale, out.mT, logarithm, 1)
+
+
+@pytest.mark.parametrize("mode", ["sparse", "masked", "auto"])
+def test_heads_of_no_width_give_the_mean_of_what_is_seen(mode):
+    q = torch.zeros(1, 2, 3, 0)
+    v = torch.randn(1, 2, 3, 4)
+    with dc.execution(mode):
+        y = dc.attention(q, q, v, causal=False)
+    torch.testing.assert_close(y, v.mean(2, keepdim=True).expand_as(v))
