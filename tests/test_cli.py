@@ -198,7 +198,7 @@ def test_a_bench_from_end_to_end_writes_all_files_and_a_table(tmp_path):
     assert {r["mechanism"] for r in results["records"]} == {
         "token-skipping", "moe", "relu-down", "relu-mlp", "reglu-mlp",
     }  # fmt: skip
-    assert {r["input"] for r in results["records"]} == {"random", "digits", "uniform", "beta"}
+    assert {r["input"] for r in results["records"]} == {"random", "clustered", "digits", "uniform", "beta"}
     assert done.stdout.count("token-skipping") == 2  # the title of its table and a sentence
     assert "beta state" not in done.stderr  # torch's word on its sparse tensors
     assert "faster than dense" in done.stdout

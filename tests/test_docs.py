@@ -13,6 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (
     "README.md",
+    "docs/benchmarks.md",
     "docs/branches.md",
     "docs/drop_in.md",
     "docs/early_exits.md",

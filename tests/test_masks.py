@@ -259,3 +259,48 @@ def test_a_generator_that_is_none_names_itself():
     ):
         with pytest.raises(TypeError, match=r"generator: expected a torch\.Generator or None, got int"):
             make(5)
+
+
+@pytest.mark.parametrize("pattern", masks.ROW_PATTERNS)
+@pytest.mark.parametrize("tile", [1, 8, 1000])
+def test_row_masks_keep_the_exact_share_in_whole_tiles(pattern, tile):
+    mask = masks.row_mask(pattern, 16, 64, 0.25, tile=tile, generator=torch.Generator().manual_seed(0))
+    assert mask.shape == (16, 64)
+    assert int(mask.sum()) == 256
+    units = mask.view(16, -1, min(tile, 64))
+    assert (units.all(-1) == units.any(-1)).all()
+    assert masks.row_mask(pattern, 2, 64, 1.0).all()
+    assert not masks.row_mask(pattern, 2, 64, 0.0).any()
+    assert masks.row_mask(pattern, 0, 4, 0.5).shape == (0, 4)
+
+
+def test_patterns_of_rows_differ_as_they_say():
+    drawn = {
+        p: masks.row_mask(p, 32, 256, 0.25, generator=torch.Generator().manual_seed(0)) for p in masks.ROW_PATTERNS
+    }
+    runs = {p: float((m[:, 1:] & m[:, :-1]).sum() / m.sum()) for p, m in drawn.items()}  # kept after a kept one
+    assert runs["adversarial"] == 0
+    assert abs(runs["iid"] - 0.25) < 0.05
+    assert runs["clustered"] > 0.7
+    between = {p: float(m.float().mean(1).std()) for p, m in drawn.items()}  # of the samples' shares
+    assert between["adversarial"] < 0.01 < between["iid"] < 0.05
+    assert between["correlated"] > 0.25
+    tiles = {p: float(m.view(32, -1, 4).any(-1).float().mean()) for p, m in drawn.items()}
+    assert tiles["adversarial"] == 1.0
+    assert tiles["clustered"] < tiles["iid"]
+
+
+@pytest.mark.parametrize(
+    ("args", "more", "message"),
+    [
+        (("zigzag", 1, 1, 0.5), {}, "pattern: expected one of iid, clustered, correlated, adversarial, got 'zigzag'"),
+        (("iid", -1, 1, 0.5), {}, "batch: expected an int >= 0, got -1"),
+        (("iid", 1, 1.0, 0.5), {}, r"rows: expected an int >= 0, got 1\.0"),
+        (("iid", 1, 1, 1.5), {}, r"keep: expected a number from 0 to 1, got 1\.5"),
+        (("iid", 1, 1, 0.5), {"tile": 0}, "tile: expected an int >= 1, got 0"),
+        (("iid", 1, 1, 0.5), {"generator": 3}, r"generator: expected a torch\.Generator or None, got int"),
+    ],
+)
+def test_bad_arguments_of_row_masks_are_named(args, more, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        masks.row_mask(*args, **more)

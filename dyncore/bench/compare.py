@@ -18,7 +18,8 @@ _CLEAR = (
 
 def _key(record: _Record) -> tuple[Any, ...]:
     shape = tuple(sorted(record["shape"].items()))
-    return (record["mechanism"], record["input"], shape, record["dtype"], record["phase"], record["keep_ratio"])
+    what = (record["mechanism"], record["input"], record.get("granularity", "row"), shape)
+    return (*what, record["dtype"], record["phase"], record["keep_ratio"])
 
 
 def _ours(record: _Record) -> dict[str, Any]:

@@ -131,6 +131,7 @@ class Point:
         mechanism, input, shape, dtype, keep_ratio, backward: as in the record.
         build: makes the contest; tensors are allocated there and freed after the point.
         work: rough GFLOP of one round of all variants, for the progress bar.
+        granularity: what is kept or skipped as one: "row", "tile of 16", "sample".
         share: of the seconds that a point is timed for; below 1 where a curve has many points of little noise.
     """
 
@@ -143,9 +144,11 @@ class Point:
     backward: bool = False
     work: float = 0.0
     share: float = 1.0
+    granularity: str = "row"
 
     def __str__(self) -> str:
         shape = " ".join(f"{letter}={size}" for letter, size in self.shape.items())
+        shape += "" if self.granularity == "row" else f" by {self.granularity}"
         phase = "forward+backward" if self.backward else "forward"
         return f"{self.mechanism} {self.input} {shape} {dtype_name(self.dtype)} keep={self.keep_ratio:g} {phase}"
 
@@ -218,6 +221,7 @@ def make_record(
         "dtype": dtype_name(point.dtype),
         "phase": "forward+backward" if point.backward else "forward",
         "keep_ratio": point.keep_ratio,
+        "granularity": point.granularity,
         "execution": mode(),
         "cold_weights": contest.cold,
         "flops": {"executed": executed, "dense": dense},

@@ -25,6 +25,11 @@ def shape_text(record: dict[str, Any]) -> str:
     return " ".join(f"{letter}={size}" for letter, size in record["shape"].items())
 
 
+def _input(record: dict[str, Any]) -> str:
+    units = record.get("granularity", "row")
+    return str(record["input"]) + ("" if units == "row" else f" by {units}")
+
+
 def _dtype(record: dict[str, Any]) -> str:
     dtype: str = record["dtype"]
     return _DTYPES.get(dtype, dtype)
@@ -61,7 +66,7 @@ def cells(record: dict[str, Any]) -> list[str]:
     variants, against, flops = record["variants"], record["against"], record["flops"]
     return [
         record["mechanism"],
-        record["input"],
+        _input(record),
         shape_text(record),
         _dtype(record),
         _phase(record),
@@ -141,7 +146,7 @@ def render(records: list[dict[str, Any]]) -> list[Table]:
 def one_point(record: dict[str, Any]) -> str:
     """Which point a record is of."""
     return (
-        f"{record['mechanism']} {record['input']} {shape_text(record)} {_dtype(record)} "
+        f"{record['mechanism']} {_input(record)} {shape_text(record)} {_dtype(record)} "
         f"{_phase(record)} keep {record['keep_ratio']:.3g}"
     )
 

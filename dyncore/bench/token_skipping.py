@@ -11,6 +11,7 @@ from torch import Tensor
 import dyncore as dc
 from dyncore.bench.contest import Contest, Point, Variant
 from dyncore.bench.routing import recorded
+from dyncore.masks import ROW_PATTERNS, row_mask
 
 NAME = "token-skipping"
 KEEP = (0.125, 0.25, 0.5, 0.75, 1.0)
@@ -102,6 +103,7 @@ def _point(
     backward: bool = False,
     cold: bool = True,
     with_own: bool = False,
+    granularity: str = "row",
 ) -> Point:
     rows, hidden = masks[0].shape[0], 4 * width
     keep = sum(int(mask.sum()) for mask in masks) / (len(masks) * rows)
@@ -115,6 +117,7 @@ def _point(
         lambda: contest(masks, width, hidden, dtype, backward=backward, cold=cold, with_own=with_own),
         backward,
         work,
+        granularity=granularity,
     )
 
 
@@ -135,6 +138,17 @@ def replayed(width: int | None, dtype: torch.dtype, *, backward: bool = False) -
     return _point("digits", masks, width or routing.width, dtype, backward=backward, cold=width is not None)
 
 
+def patterned(
+    pattern: str, batch: int, rows: int, width: int, dtype: torch.dtype, keep: float, *, tile: int = 1
+) -> Point:
+    """Rows of `batch` sequences kept in a pattern of dyncore.masks, `tile` of them at once: `rows`: whole samples."""
+    drawn = [
+        row_mask(pattern, batch, rows, keep, tile=tile, generator=torch.Generator().manual_seed(seed)).flatten()
+        for seed in range(_MASKS)
+    ]
+    return _point(pattern, drawn, width, dtype, granularity={1: "row", rows: "sample"}.get(tile, f"tile of {tile}"))
+
+
 def points(size: str) -> Iterator[Point]:
     """The sweep of `size`: "tiny", "quick" or "full"."""
     f32, bf16 = torch.float32, torch.bfloat16
@@ -143,6 +157,7 @@ def points(size: str) -> Iterator[Point]:
             yield synthetic(64, 32, f32, keep)
         yield synthetic(64, 32, bf16, 0.5)
         yield synthetic(64, 32, f32, 0.5, backward=True)
+        yield patterned("clustered", 2, 32, 32, f32, 0.5, tile=32)
         yield replayed(16, f32)
         return
     for keep in KEEP:
@@ -162,3 +177,7 @@ def points(size: str) -> Iterator[Point]:
             yield synthetic(64, 1024, f32, keep)
         yield replayed(512, bf16)
         yield replayed(512, f32, backward=True)
+        for pattern in ROW_PATTERNS:
+            for tile in (1, 16, 256):
+                for keep in (0.25, 0.5):
+                    yield patterned(pattern, 8, 256, 512, f32, keep, tile=tile)

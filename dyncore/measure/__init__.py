@@ -12,6 +12,7 @@ from dyncore.measure.records import new_results, read_results, write_results
 from dyncore.measure.savings import Savings, break_even, realised_saving, savings, scaling_efficiency
 from dyncore.measure.sparsity_report import ActivationSparsity
 from dyncore.measure.sparsity_statistics import LayerSparsity
+from dyncore.measure.sweeps import ForcedGate, sweep
 from dyncore.measure.timing import Interleaved, Timing, cold_copies
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "ExitStatistics",
     "Exits",
     "Flops",
+    "ForcedGate",
     "Interleaved",
     "LayerSparsity",
     "Ranking",
@@ -38,5 +40,6 @@ __all__ = [
     "realised_saving",
     "savings",
     "scaling_efficiency",
+    "sweep",
     "write_results",
 ]

@@ -14,7 +14,7 @@ from dyncore.measure.savings import break_even
 from dyncore.report.axes import COLOURS, WIDTH, plain, ratios
 from dyncore.report.documents import Comparison, Document, by_mechanism, compared, curves
 from dyncore.report.rankings import rank_figure
-from dyncore.report.rivals import rivals_figure, zeros_figure
+from dyncore.report.rivals import patterns_figure, rivals_figure, zeros_figure
 
 _INK = THEMES[""][1]
 _NAMED = 6  # curves of a panel that a legend names; of more only their number is said
@@ -215,6 +215,11 @@ FIGURES: dict[str, tuple[str, str, Callable[[Sequence[Document]], Figure | None]
         "Speed-up against what is left out",
         "Over computing everything, where next to nothing stays: zeros of a ReLU.",
         zeros_figure,
+    ),
+    "patterns": (
+        "Which rows are kept",
+        "The same number of rows, kept in other patterns, by the row, by tiles or by whole samples; | the median.",
+        patterns_figure,
     ),
     "rivals": (
         "Against each rival",

@@ -17,6 +17,7 @@ from dyncore.report.documents import Comparison, Document, by_mechanism, compare
 _INK = THEMES[""][1]
 _PANELS = 12
 _OWN = ("dyncore", "own")
+_BASE = "iid"  # the pattern that others are compared with
 _LEAST = 1 / 16  # speed-ups below it would flatten the others
 
 RIVALS: dict[str, tuple[str, str]] = {  # record name -> (heading, what it is)
@@ -80,6 +81,38 @@ def _dots(axes: Axes, mechanism: str, points: list[Comparison]) -> None:
     ratios(axes, "x")
     axes.set_title(f"{mechanism}: speed-up over each, | the median", fontsize=9)
     style(axes, "")
+
+
+def _patterned(points: Sequence[Comparison]) -> dict[str, list[float]]:
+    """Times over that of as many independent rows of the same size, by the pattern in which rows were kept."""
+
+    def size(c: Comparison) -> tuple[Any, ...]:
+        return (c.mechanism, c.shape, c.dtype, c.phase, None if c.keep is None else round(c.keep, 6), c.source)
+
+    base = {size(c): c.ms["dyncore"] for c in points if c.input == _BASE}
+    found: dict[str, list[float]] = {}
+    for c in points:
+        if size(c) in base:
+            found.setdefault(c.input, []).append(c.ms["dyncore"] / base[size(c)])
+    return found
+
+
+def patterns_figure(documents: Sequence[Document]) -> Figure | None:
+    """What the pattern of kept rows and its granularity cost, a dot for each size and keep ratio."""
+    found = _patterned(compared(documents))
+    if len(found) < 2:
+        return None
+    figure = new_figure(WIDTH, 0.36 * len(found) + 1.0, "")
+    axes = figure.subplots()
+    for i, times in enumerate(found.values()):
+        axes.scatter(times, [i] * len(times), s=18, alpha=0.5, color=COLOURS[0], zorder=3)
+        axes.plot([statistics.median(times)] * 2, [i - 0.3, i + 0.3], color=_INK, linewidth=1.5)
+    axes.set_yticks(range(len(found)), list(found), fontsize=8)
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.axvline(1, color=_INK, linewidth=0.8, linestyle="--")
+    axes.set_xlabel("time over that of as many independent rows")
+    style(axes, "")
+    return figure
 
 
 def _kinds(points: Sequence[Comparison]) -> dict[tuple[str, ...], dict[tuple[str, str], list[Comparison]]]:
