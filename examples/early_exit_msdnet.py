@@ -20,7 +20,7 @@ SIZE = 16
 GROWTH = (16, 24, 48)  # channels that a layer adds at each scale, the finest first
 WIDTHS = (8, 12, 16)  # after the stem, which has an exit of its own
 STAGES = ((0, 0), (0, 1), (0, 2), (1, 2), (1, 2))  # finest scale, layers
-BUDGETS = (1.0, 0.6, 0.4, 0.25, 0.15, 0.1)  # shares of the FLOPs
+BUDGETS = (1.0, 0.6, 0.4, 0.2, 0.1, 0.05, 0.02)  # shares of the FLOPs
 
 
 class Stem(nn.Module):
