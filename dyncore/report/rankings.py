@@ -1,7 +1,8 @@
 """Rankings of examples: agreement of methods as a table, ranks against ranks, and the examples they disagree on.
 
 Of documents of schema dyncore.ranking/1: "tau" [M][M], "mean_ranks" [M][N] from 0 (least compute) to 1, and
-"pictures": [{"example": its number, "label", "png": base64, "ranks": {method: from 0 to 1}}]. Needs matplotlib.
+"pictures": [{"example": its number, "label", "png": base64, "ranks": {method: from 0 to 1}}]. Of "references", the last
+of the methods, no ranks are drawn; sentences of an "answer" stand first. Needs matplotlib.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def _usable(ranking: dict[str, Any]) -> bool:
 def rank_figure(documents: Sequence[Document]) -> Figure | None:
     """Every example at its rank by two methods, a panel for each pair."""
     found = [d.ranking for d in documents if d.ranking is not None and _usable(d.ranking)]
-    pairs = [(r, a, b) for r in found for a, b in itertools.combinations(range(len(r["methods"])), 2)][:_PAIRS]
+    counts = [len(r["methods"]) - len(r.get("references", ())) for r in found]
+    pairs = [(r, *pair) for r, n in zip(found, counts, strict=True) for pair in itertools.combinations(range(n), 2)]
+    pairs = pairs[:_PAIRS]
     if not pairs:
         return None
     lines = -(-len(pairs) // 2)
@@ -65,8 +68,10 @@ def heat_table(ranking: dict[str, Any]) -> str:
         f'<tr><td class="text">{escape(str(name))}</td>{"".join(map(cell, row))}</tr>'
         for name, row in zip(methods, ranking["tau"], strict=True)
     )
+    said = "".join(f"<p>{escape(str(sentence))}</p>" for sentence in ranking.get("answer", ()))
     return (
-        '<figure id="figure-ranking"><h2>Do methods agree on which examples need most compute?</h2><figcaption>'
+        '<figure id="figure-ranking"><h2>Do methods agree on which examples need most compute?</h2>'
+        f"{said}<figcaption>"
         f"Kendall's tau-b over {ranking['examples']} examples; on the diagonal between a method's own seeds, which is "
         f'the noise ceiling.</figcaption><div class="wide"><table class="heat"><thead><tr>{head}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div></figure>"

@@ -1,5 +1,7 @@
 """measure.ranking: agreement of rankings by compute, against definitions written out, and what its tables say."""
 
+import base64
+import io
 import json
 import math
 import sys
@@ -20,7 +22,7 @@ def tau_b(a, b):
 
 def test_the_measures_are_their_definitions():
     a, b = torch.randint(0, 5, (2, 40)).float()
-    found = dc.measure.ranking({"a": a, "b": b}, q=0.25, permutations=0)
+    found = dc.measure.ranking({"a": a, "b": b}, q=0.25, permutations=0, bootstrap=0)
     assert found.tau[0, 1] == pytest.approx(tau_b(a, b))
     ranks = [torch.stack([(x < v).sum() + ((x == v).sum() + 1) / 2 for v in x]) for x in (a, b)]
     assert found.rho[0, 1] == pytest.approx(float(torch.corrcoef(torch.stack(ranks))[0, 1]), abs=1e-6)
@@ -32,9 +34,13 @@ def test_the_measures_are_their_definitions():
 def test_overlap_is_the_share_of_the_most_expensive_with_ties_drawn_at_random():
     a = torch.arange(20.0)
     for b, want in ((a, 1.0), (-a, 0.0), (torch.where(a >= 17, 99.0, -a), 0.75)):
-        assert dc.measure.ranking({"a": a, "b": b}, q=0.2, permutations=0).overlap[0, 1] == pytest.approx(want)
+        assert dc.measure.ranking({"a": a, "b": b}, q=0.2, permutations=0, bootstrap=0).overlap[0, 1] == pytest.approx(
+            want
+        )
     tied = torch.where(a >= 10, 1.0, 0.0)  # 4 of 10 at random, all of which lie above a's 4
-    assert dc.measure.ranking({"a": a, "b": tied}, q=0.2, permutations=0).overlap[0, 1] == pytest.approx(0.4)
+    assert dc.measure.ranking({"a": a, "b": tied}, q=0.2, permutations=0, bootstrap=0).overlap[0, 1] == pytest.approx(
+        0.4
+    )
 
 
 def test_seeds_give_the_noise_ceiling_and_what_is_left_of_it():
@@ -42,7 +48,7 @@ def test_seeds_give_the_noise_ceiling_and_what_is_left_of_it():
     hard = torch.randn(400)
     noisy = {name: hard + s * torch.randn(3, 400) for name, s in (("a", 0.3), ("b", 1.0))}
     noisy["other"] = torch.randn(2, 400)
-    found = dc.measure.ranking(noisy, permutations=200)
+    found = dc.measure.ranking(noisy, permutations=200, bootstrap=0)
     assert found.seeds == (3, 3, 2)
     pairs = [tau_b(noisy["b"][i], noisy["b"][j]) for i, j in ((0, 1), (0, 2), (1, 2))]
     assert found.tau[1, 1] == pytest.approx(sum(pairs) / 3)
@@ -59,38 +65,166 @@ def test_seeds_give_the_noise_ceiling_and_what_is_left_of_it():
 def test_the_permutation_test_rejects_as_often_as_it_says():
     torch.manual_seed(0)
     p = [
-        float(dc.measure.ranking({"a": torch.randn(30), "b": torch.randn(30)}, permutations=99, seed=i).p_value[0, 1])
+        float(
+            dc.measure.ranking(
+                {"a": torch.randn(30), "b": torch.randn(30)}, permutations=99, bootstrap=0, seed=i
+            ).p_value[0, 1]
+        )
         for i in range(100)
     ]
     assert 0.02 <= sum(v <= 0.1 for v in p) / 100 <= 0.2
 
 
 def test_a_method_that_spends_the_same_on_all_has_no_ranking():
-    found = dc.measure.ranking({"a": torch.ones(9), "b": torch.arange(9)})
+    found = dc.measure.ranking({"a": torch.ones(9), "b": torch.arange(9)}, bootstrap=20)
     assert found.tau[0, 1].isnan()
     assert found.p_value[0, 1].isnan()
     assert found.record()["rho"][0][1] is None
+    assert found.record()["intervals"]["tau"][1][0][1] is None
+    assert found.distinct == (1, 9)
+    assert "mostly ties, with so many different values: a 1" in str(found)
     assert "-" in str(found)
+
+
+def test_the_tail_is_kendalls_tau_weighted_by_rank():
+    a, b = torch.randperm(12).double(), torch.randperm(12).double()
+
+    def by_ranks_of(values):
+        weight = 1 / (1 + (-values).argsort().argsort().double())  # 1 for the most expensive, then 1/2, 1/3, ...
+        weights = weight[:, None] + weight[None, :]
+        agree = (a[:, None] - a).sign() * (b[:, None] - b).sign()
+        return float((weights * agree).sum() / (weights * (1 - torch.eye(12))).sum())
+
+    found = dc.measure.ranking({"a": a, "b": b}, permutations=0, bootstrap=0)
+    assert found.tail[0, 1] == pytest.approx((by_ranks_of(a) + by_ranks_of(b)) / 2)
+    late = torch.arange(30.0)
+    early = late.clone()
+    late[:2], early[-2:] = late[:2].flip(0), early[-2:].flip(0)  # one swap, at the cheap end or at the dear one
+    found = dc.measure.ranking({"a": torch.arange(30.0), "late": late, "early": early}, permutations=0, bootstrap=0)
+    assert found.tau[0, 1] == found.tau[0, 2]
+    assert found.tail[0, 1] > found.tail[0, 2] + 0.02
+
+
+def test_what_seeds_share_is_no_agreement():
+    torch.manual_seed(0)
+    of_seed = torch.randn(3, 200)  # of the dense network of a seed: all that the methods have in common
+    compute = {"a": of_seed + 0.1 * torch.randn(3, 200), "b": of_seed + 0.1 * torch.randn(3, 200)}
+    ink = torch.randn(200)
+    naive = dc.measure.ranking(compute, references={"ink": ink}, permutations=200, bootstrap=0)
+    found = dc.measure.ranking(compute, references={"ink": ink}, shared_seeds=True, permutations=200, bootstrap=0)
+    assert naive.tau[0, 1] > 0.2
+    assert naive.p_value[0, 1] < 0.01
+    across = [tau_b(compute["a"][i], compute["b"][j]) for i in range(3) for j in range(3) if i != j]
+    assert found.tau[0, 1] == pytest.approx(sum(across) / 6)
+    assert abs(found.tau[0, 1]) < 0.1
+    assert found.p_value[0, 1] > 0.01
+    assert found.tau[0, 2] == pytest.approx(sum(tau_b(row, ink) for row in compute["a"]) / 3)
+
+
+def test_the_permutation_test_of_shared_seeds_rejects_as_often_as_it_says():
+    torch.manual_seed(0)
+    p = []
+    for i in range(100):
+        of_seed = torch.randn(3, 40)
+        p.append(
+            dc.measure.ranking({"a": of_seed, "b": of_seed}, shared_seeds=True, permutations=50, bootstrap=0, seed=i)
+        )
+    assert sum(float(found.p_value[0, 1]) <= 0.1 for found in p) <= 18
+
+
+def test_a_reference_that_explains_all_leaves_nothing():
+    torch.manual_seed(0)
+    cause = torch.randn(500)
+    compute = {name: cause + 0.5 * torch.randn(4, 500) for name in "ab"}
+    references = {"cause": cause, "else": torch.randn(500)}
+    found = dc.measure.ranking(compute, references=references, permutations=0, bootstrap=0)
+    assert found.methods == ("a", "b", "cause", "else")
+    assert found.references == ("cause", "else")
+    assert abs(found.given("cause")[0, 1]) < 0.15
+    assert found.given("else")[0, 1] > 0.8
+    assert found.given("cause")[2].isnan().all()
+    assert "cause" in str(found)
+    assert not any(line.startswith("cause") and "else" in line for line in str(found).splitlines())
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    torch.manual_seed(0)
+    truth = 2 / math.pi * math.asin(0.6)  # Kendall's tau of two normal variables correlated by 0.6
+    held = 0
+    for i in range(60):
+        a = torch.randn(60)
+        compute = {"a": a, "b": 0.6 * a + 0.8 * torch.randn(60)}
+        limits = dc.measure.ranking(compute, permutations=0, bootstrap=60, seed=i).intervals["tau"][:, 0, 1]
+        held += bool(limits[0] < truth < limits[1])
+    assert held >= 48  # 57 of 60 expected; 60 draws make the limits themselves uncertain
+
+
+def test_fewer_draws_than_examples_make_intervals_as_narrow(monkeypatch):
+    torch.manual_seed(0)
+    a = torch.randn(2, 400)
+    compute = {"a": a, "b": a + torch.randn(2, 400)}
+    whole = dc.measure.ranking(compute, permutations=0).intervals
+    monkeypatch.setattr("dyncore.measure.ranking_statistics.MOST_DRAWN", 100)
+    some = dc.measure.ranking(compute, permutations=0).intervals
+    for name in ("tau", "rho"):
+        width, other = (float(limits[name][1, 0, 1] - limits[name][0, 0, 1]) for limits in (whole, some))
+        assert other == pytest.approx(width, rel=0.3)
+        assert some[name][:, 0, 1].mean() == pytest.approx(float(whole[name][:, 0, 1].mean()), abs=0.02)
+
+
+def test_the_most_disputed_are_those_whose_ranks_lie_farthest_apart():
+    a = torch.arange(50.0)
+    b = a.clone()
+    b[3], b[48] = 49.5, 20.5
+    found = dc.measure.ranking({"a": a, "b": b}, references={"not asked": -a}, permutations=0, bootstrap=0)
+    assert found.disputed(2).tolist() == [3, 48]
+    assert len(found.disputed(99)) == 50
+    with pytest.raises(ValueError, match="count: expected a number >= 1, got 0"):
+        found.disputed(0)
 
 
 def test_table_record_and_plots(tmp_path):
     pytest.importorskip("matplotlib")
-    found = dc.measure.ranking({"exits": torch.randn(2, 50), "halting": torch.randn(2, 50)}, permutations=50)
+    compute = {"exits": torch.randn(2, 50), "halting": torch.randn(2, 50)}
+    found = dc.measure.ranking(compute, references={"loss": torch.randn(50)}, permutations=50, bootstrap=20)
     text = str(found)
     assert "overlap@0.1" in text
     assert "its own seeds" in text
     assert "50 examples" in text
-    found.to_json(tmp_path / "r.json")
+    images, labels = torch.rand(50, 1, 8, 6), [f"of class {i}" for i in range(50)]
+    found.to_json(tmp_path / "r.json", images, labels)
     record = json.loads((tmp_path / "r.json").read_text())
     assert record["schema"] == "dyncore.ranking/1"
     assert record["tau"][0][1] == pytest.approx(float(found.tau[0, 1]))
+    assert record["intervals"]["rho"][0][0][1] == pytest.approx(float(found.intervals["rho"][0, 0, 1]))
+    assert len(record["mean_ranks"]) == 3
+    first = record["pictures"][0]
+    assert first["example"] == int(found.disputed(1))
+    assert first["label"] == f"of class {first['example']}"
+    assert first["ranks"]["halting"] == pytest.approx(float(found.mean_ranks[1, first["example"]]))
+    assert list(first["ranks"]) == ["exits", "halting"]
+    pixels = pytest.importorskip("matplotlib.image").imread(io.BytesIO(base64.b64decode(first["png"])))
+    assert torch.from_numpy(pixels[..., 0]).allclose(images[first["example"], 0], atol=1 / 255)
     for dark in (False, True):
         found.plot(tmp_path / "heat.png", dark=dark)
         found.plot_ranks(tmp_path / "ranks.png", "exits", "halting", dark=dark)
-    assert (tmp_path / "heat.png").stat().st_size > 5000
-    assert (tmp_path / "ranks.png").stat().st_size > 5000
-    with pytest.raises(ValueError, match="second: expected one of exits, halting, got 'gates'"):
+        found.plot_ranks(tmp_path / "all.png", dark=dark)
+        found.plot_disputed(tmp_path / "disputed.png", images.expand(-1, 3, -1, -1), count=5, dark=dark)
+    for name in ("heat", "ranks", "all", "disputed"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
+    with pytest.raises(ValueError, match="second: expected one of exits, halting, loss, got 'gates'"):
         found.plot_ranks(tmp_path / "x.png", "exits", "gates")
+    with pytest.raises(ValueError, match="images: expected images of the 50 examples"):
+        found.plot_disputed(tmp_path / "x.png", images[:9])
+    with pytest.raises(ValueError, match="labels: expected 50 of them, one an example, got 1"):
+        found.record(images, ["1"])
+
+
+def test_a_document_of_many_examples_holds_the_ranks_of_some():
+    found = dc.measure.ranking({"a": torch.arange(4500), "b": -torch.arange(4500)}, permutations=0, bootstrap=0)
+    ranks = found.record()["mean_ranks"]
+    assert [len(row) for row in ranks] == [1500, 1500]
+    assert ranks[0][1] == pytest.approx(3 / 4499, abs=1e-4)
 
 
 def test_a_missing_library_is_named_with_what_installs_it(monkeypatch):
@@ -107,6 +241,12 @@ BAD_CALLS = [
     (lambda: dc.measure.ranking({"a": torch.ones(3), "b": torch.ones(4)}), ValueError, "compute: expected the same examples, at least 2, got 4 for 'b'"),
     (lambda: dc.measure.ranking({"a": torch.tensor([1.0, math.nan])}), ValueError, "compute: expected numbers, got NaN for 'a'"),
     (lambda: dc.measure.ranking({"a": torch.ones(3)}, q=0.0), ValueError, "q: expected a share in 0..1, got 0.0"),
+    (lambda: dc.measure.ranking({"a": torch.ones(3)}, references={"b": torch.ones(4)}), ValueError, "references: expected the same examples, at least 2, got 4 for 'b'"),
+    (lambda: dc.measure.ranking({"a": torch.ones(3)}, references={"a": torch.ones(3)}), ValueError, "references: expected other names than those of compute, got 'a'"),
+    (lambda: dc.measure.ranking({"a": torch.ones(3)}, references=[1]), TypeError, "references: expected a dict of tensors by method, got list"),
+    (lambda: dc.measure.ranking({"a": torch.ones(3)}, bootstrap=-1), ValueError, "bootstrap: expected a number >= 0, got -1"),
+    (lambda: dc.measure.ranking({"a": torch.arange(3)}, bootstrap=0).given("b"), ValueError, "reference: expected one of a, got 'b'"),
+    (lambda: dc.measure.ranking({"a": torch.arange(3)}, bootstrap=0).plot_ranks("x.png"), ValueError, "first: expected two methods to draw, got 1"),
     (lambda: dc.measure.ranking({"a": torch.ones(3)}, permutations=-1), ValueError, "permutations: expected a number >= 0, got -1"),
 ]  # fmt: skip
 

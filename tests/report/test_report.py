@@ -249,6 +249,17 @@ def test_the_sweep_of_savings_is_a_curve_with_its_break_even(write):
     assert "Skip, gates forced, float32" in text
 
 
+def test_ranks_of_references_are_not_drawn_and_an_answer_is_said(write):
+    document = ranking()
+    for name in ("tau", "mean_ranks"):
+        document[name] = [*document[name], document[name][0]]
+    told = {"methods": ["exit", "moe", "ink"], "references": ["ink"], "answer": ["In part <so>."]}
+    text = report_page([read_document(write(document | told))])
+    assert "In part &lt;so&gt;." in text
+    assert "rank by moe" in text
+    assert "rank by ink" not in text
+
+
 def test_savings_are_drawn(write):
     skip = Skip(nn.Linear(16, 16), lambda x: torch.arange(x.shape[0]) % 2 == 0)
     record = savings(skip, torch.randn(64, 16), seconds=0.01).record()
