@@ -59,8 +59,9 @@ def result(
     move: Move = move,
     note: str = "",
 ) -> Result:
-    """The curve over thresholds; prints how each exit does."""
+    """The curve over thresholds; prints how each exit does at the middle one."""
     model.set_costs(dc.measure.exit_costs(model, data.valid[0]))
     points = curve(dense, model, move, thresholds, data.test, batch=BATCH, **clock(quick))
+    move(model, thresholds[len(thresholds) // 2])
     print(dc.measure.exits(model, *data.test))
     return Result(name, *points, note=note)
