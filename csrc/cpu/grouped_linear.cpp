@@ -4,6 +4,7 @@
 #include "cpu/common/activations.h"
 #include "cpu/common/pieces.h"
 #include "cpu/common/stored_rows.h"
+#include "cpu/row_ranges.h"
 
 namespace dyncore::DYNCORE_ISA {
 
@@ -104,10 +105,25 @@ void run(const GroupedLinear& op) {
   parallel(threads, body<T>, &f);
 }
 
+template <class T>
+void run_by_ranges(const GroupedLinear& op) {
+  // Slots that the caller gives, or is given, lie in the order of the whole plan.
+  const bool in_rows = op.gather && op.scatter && !op.pre;
+  RowRanges ranges(op.plan, in_rows ? workspace_stride(op.n) * sizeof(float) : 0);
+  for (int64_t i = 0; i < ranges.count(); ++i) {
+    const RowRanges::Range range = ranges.range(i);
+    GroupedLinear part = op;
+    part.plan = range.plan;
+    part.x = rows_from<T>(op.x, range.first_row);
+    part.out = static_cast<T*>(op.out) + range.first_row * op.n;
+    run<T>(part);
+  }
+}
+
 }  // namespace
 
 void grouped_linear(const GroupedLinear& op) {
-  with_type(op.dtype, [&](auto type) { run<typename decltype(type)::T>(op); });
+  with_type(op.dtype, [&](auto type) { run_by_ranges<typename decltype(type)::T>(op); });
 }
 
 }  // namespace dyncore::DYNCORE_ISA

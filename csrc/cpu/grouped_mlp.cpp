@@ -5,6 +5,7 @@
 #include "cpu/common/activations.h"
 #include "cpu/common/pieces.h"
 #include "cpu/common/stored_rows.h"
+#include "cpu/row_ranges.h"
 
 namespace dyncore::DYNCORE_ISA {
 
@@ -142,10 +143,25 @@ void run(const GroupedMlp& op) {
   parallel(threads, body<T>, &f);
 }
 
+template <class T>
+void run_by_ranges(const GroupedMlp& op) {
+  // What is saved for a backward pass lies in the order of the whole plan's slots.
+  RowRanges ranges(op.plan, op.pre ? 0 : workspace_stride(op.h) * sizeof(float));
+  for (int64_t i = 0; i < ranges.count(); ++i) {
+    const RowRanges::Range range = ranges.range(i);
+    GroupedMlp part = op;
+    part.plan = range.plan;
+    part.x = rows_from<T>(op.x, range.first_row);
+    part.residual = rows_from<T>(op.residual, range.first_row);
+    part.out = static_cast<T*>(op.out) + range.first_row * op.h;
+    run<T>(part);
+  }
+}
+
 }  // namespace
 
 void grouped_mlp(const GroupedMlp& op) {
-  with_type(op.dtype, [&](auto type) { run<typename decltype(type)::T>(op); });
+  with_type(op.dtype, [&](auto type) { run_by_ranges<typename decltype(type)::T>(op); });
 }
 
 }  // namespace dyncore::DYNCORE_ISA

@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "cpu/plan.h"
+#include "cpu/row_ranges.h"
 #include "tests/made_plan.h"
 #include "tests/tests.h"
 
@@ -53,6 +54,55 @@ void masks(int64_t num_rows, int64_t groups, int64_t one_in, Random& random) {
   if (live == 0) return;
   MadePlan tight(live - 1, groups, num_rows);
   expect_throws<std::invalid_argument>("too small a capacity", [&] { plan_mask(mask.data(), nullptr, tight.buffers); });
+}
+
+// Slots of so many bytes that 1200 rows are several ranges, which together are the plan.
+void ranges(int64_t one_in, Random& random) {
+  set_case("RowRanges, one pair in " + std::to_string(one_in));
+  const int64_t num_rows = 1200, groups = 3;
+  Buffer<uint8_t> mask(num_rows * groups);
+  for (int64_t i = 0; i < mask.size(); ++i)
+    mask[i] = i / groups % 7 > 0 && i % groups != 1 && random.below(one_in) == 0;
+  const int64_t live = count_mask(mask.data(), mask.size());
+  MadePlan whole(live + 3, groups, num_rows);
+  plan_mask(mask.data(), nullptr, whole.buffers);
+  Buffer<float> scale(live + 3);
+  for (int64_t g = 0; g < groups; ++g)
+    for (int64_t a = whole.offsets[g]; a < whole.offsets[g + 1]; ++a)
+      scale[a] = static_cast<float>(whole.rows[a] * groups + g);
+  const Plan plan{whole.rows.data(),
+                  whole.offsets.data(),
+                  scale.data(),
+                  whole.row_offsets.data(),
+                  whole.row_slots.data(),
+                  live + 3,
+                  groups,
+                  num_rows};
+  expect(RowRanges(plan, 0).count() == 1 && RowRanges(plan, 4).count() == 1, "few bytes stay whole");
+  RowRanges cut(plan, 1 << 20);
+  expect(cut.count() > 1 && cut.count() <= live / (2 * 128), "count");
+  int64_t next = 0;
+  for (int64_t i = 0; i < cut.count(); ++i) {
+    const auto [first, part] = cut.range(i);
+    expect(first == next && part.groups == groups && part.capacity == part.live(), "range");
+    next = first + part.num_rows;
+    std::vector<Slot> slots;
+    for (int64_t t = first; t < next; ++t)
+      for (int64_t g = 0; g < groups; ++g)
+        if (mask[t * groups + g]) slots.push_back({g, t - first, 0});
+    MadePlan made(part.capacity, groups, part.num_rows);
+    std::copy(part.rows, part.rows + part.capacity, made.rows.data());
+    std::copy(part.offsets, part.offsets + groups + 1, made.offsets.data());
+    std::copy(part.row_offsets, part.row_offsets + part.num_rows + 1, made.row_offsets.data());
+    std::copy(part.row_slots, part.row_slots + part.capacity, made.row_slots.data());
+    made.expect_slots(slots);
+    bool good = true;
+    for (int64_t g = 0; g < groups; ++g)
+      for (int64_t a = part.offsets[g]; a < part.offsets[g + 1]; ++a)
+        good = good && part.scale[a] == static_cast<float>((part.rows[a] + first) * groups + g);
+    expect(good, "scale");
+  }
+  expect(next == num_rows, "rows");
 }
 
 template <class Index>
@@ -129,6 +179,7 @@ void test_plans() {
     }
   }
   topk<float>(0, 5, 2, random);
+  for (int64_t one_in : {1, 2}) ranges(one_in, random);
 }
 
 void test_check_plan() {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -11,16 +12,18 @@ from torch import Tensor, nn
 
 from dyncore.execution import mode
 from dyncore.nn.base import Decision, DynamicLayer, Gating, expect_callable, expect_size
-from dyncore.nn.dynamic_width import BlockMLP, decide_groups, every_slot, most_slots, share_of_groups
+from dyncore.nn.dynamic_width import BlockMLP, decide_groups, every_slot, share_of_groups
 from dyncore.nn.full_precision import full_precision
 from dyncore.nn.gates import ThresholdGate, expect_temperature, scalar, shown
-from dyncore.ops import gather_rows, grouped_linear
-from dyncore.plan import route_mask, select
+from dyncore.ops import gather_rows, grouped_linear, scatter_rows
+from dyncore.plan import Plan, route, route_mask, select
 
-# Learners of so few inputs take the time of a dense layer from this density on: with 2048 rows of 512 and 4 learners of
-# 128 inputs, 512 outputs, 0.5 takes 0.83 and 0.75 takes 1.2 of its time on 2 threads of Zen 4; with learners of 256
-# inputs, 3072 outputs, 0.5 takes 0.57, but 0.75 takes 1.12: there slots outgrow the workspace that kernels keep, 64 MB.
-_NARROW, _MANY, _DENSE_FROM = 256, 15 << 20, 0.6
+# From this density on rows that share a count take one product over all their inputs, below it one for each learner:
+# 2048 rows of 512, 4 learners, 512 outputs, 2 threads of Zen 4, at a density of 0.1 / 0.25 / 0.5 / 0.75 by counts 1.8 /
+# 3.2 / 5.0 / 6.4 ms, by slots 1.7 / 3.1 / 5.1 / 7.0 ms (dense: 7.9); of 1024, 3072 outputs, at 0.25 / 0.75 by counts
+# 24 / 57 ms, by slots 22 / 63 ms.
+_BY_COUNT_FROM = 0.5
+_ROWS = 64  # for each count, on average: each packs the weights anew
 
 
 class CountGate(ThresholdGate):
@@ -185,21 +188,58 @@ class ACMLinear(DynamicLayer):
         rows = x.reshape(math.prod(x.shape[:-1]), self.in_features)
         if every_slot(plan):
             out = self._dense(rows, scale)
-        elif mode() == "masked" or (self._is_dear(plan.num_slots) and most_slots(plan, _DENSE_FROM)):
+        elif mode() == "masked":
             out = self._dense(rows, scale, mask)
+        elif self._by_count_pays(mask, plan):
+            out = self._by_count(rows, mask, scale)
         else:
-            # slots in the plan's order: by learner, then by row
-            part = self.in_features // count
-            parts = rows.view(rows.shape[0], count, part).transpose(0, 1).reshape(rows.shape[0] * count, part)
-            slots = gather_rows(parts, select(mask.t()))
-            weight = self.weight.view(self.out_features, count, -1).permute(1, 0, 2)
-            bias = None if self.bias is None else F.pad(self.bias[None], (0, 0, 0, count - 1))
-            out = grouped_linear(slots, weight, bias, plan=plan, gather=False)
+            out = self._by_slot(rows, mask, plan)
         return out.view(*x.shape[:-1], self.out_features)
 
-    def _is_dear(self, num_slots: int) -> bool:
-        """Whether slots cost more than their products."""
-        return self.in_features // self.num_learners < _NARROW or num_slots * self.out_features > _MANY
+    def _by_count_pays(self, mask: Tensor, plan: Plan) -> bool:
+        """Whether rows take the first learners, as they should, and many rows many of them."""
+        count = self.num_learners
+        if not (plan.exact and mask.is_cpu):
+            return False
+        if mask.shape[0] < _ROWS * count or plan.num_slots < _BY_COUNT_FROM * mask.numel():
+            return False
+        return not bool((mask[:, 1:] > mask[:, :-1]).any())
+
+    def _by_count(self, rows: Tensor, mask: Tensor, scale: Tensor | None) -> Tensor:
+        """A product for each number of learners that rows take, over the inputs of all these learners."""
+        part, taken = self.in_features // self.num_learners, mask.sum(1)
+        if scale is not None:
+            scale = torch.where(mask, scale, 0).to(rows.dtype)
+            rows = (rows.unflatten(-1, (self.num_learners, -1)) * scale[..., None]).flatten(-2)
+        bias = None if self.bias is None or scale is not None else self.bias[None]
+        ends = [k * part for k, size in enumerate(torch.bincount(taken).tolist()) if k and size]
+        results = [
+            grouped_linear(
+                rows[:, :end],
+                self.weight[None, :, :end],
+                bias,
+                plan=select(taken == end // part),
+                scatter=len(ends) == 1,
+            )
+            for end in ends
+        ]
+        if len(ends) == 1:
+            out = results[0]
+        else:
+            order = route((taken - 1)[:, None], num_groups=self.num_learners)
+            out = scatter_rows(torch.cat(results), order)
+        return out if self.bias is None or scale is None else out + scale[:, :1].to(out.dtype) * self.bias
+
+    def _by_slot(self, rows: Tensor, mask: Tensor, plan: Plan) -> Tensor:
+        """A product for each learner, over its own inputs; a row's results are summed."""
+        count, part = self.num_learners, self.in_features // self.num_learners
+        pairs = select(mask)  # pair t * count + g in the order of rows; wanted is that of learners
+        place = plan.rows * count + plan.groups().clamp(max=count - 1).int()
+        pairs = dataclasses.replace(pairs, rows=place, offsets=plan.offsets, row_slots=plan.row_slots)
+        slots = gather_rows(rows.reshape(rows.shape[0] * count, part), pairs)
+        weight = self.weight.view(self.out_features, count, -1).permute(1, 0, 2)
+        bias = None if self.bias is None else F.pad(self.bias[None], (0, 0, 0, count - 1))
+        return grouped_linear(slots, weight, bias, plan=plan, gather=False)
 
     def _dense(self, rows: Tensor, scale: Tensor | None, mask: Tensor | None = None) -> Tensor:
         """Every learner of every row as one product; where `mask` [T, N] is given, inputs outside of it are 0."""

@@ -21,11 +21,13 @@ from dyncore.nn.full_precision import full_precision
 from dyncore.nn.gates import ThresholdGate
 from dyncore.nn.mlp import ACTIVATIONS, MLP
 from dyncore.ops import grouped_mlp
+from dyncore.ops.autograd import wants_grad
 from dyncore.plan import Plan, route_mask
 
-# From so many numbers on, results of slots outgrow the workspace that the CPU kernels keep (64 MB), and are paged in
-# anew by each call: with 2048 rows of 512 and 16 blocks of 128 neurons, a density of 0.75 takes 1.09 and 0.9 takes 1.47
-# of the dense layer's time on 2 threads of Zen 4. Then hidden neurons are masked instead, at the dense layer's cost.
+# A forward with gradients keeps the results of all slots at once: from so many numbers on they outgrow the workspace of
+# the CPU kernels (64 MB), and are paged in anew by each call. With 2048 rows of 512 and 16 blocks of 128 neurons, a
+# density of 0.75 then takes 1.03 to 1.09 and 0.9 takes 1.19 to 1.47 of the dense layer's time on 2 threads of Zen 4:
+# hidden neurons are masked instead. Without gradients the same densities take 0.71 and 0.87.
 _MANY, _DENSE_FROM = 10 << 20, 0.65
 
 
@@ -64,11 +66,6 @@ def share_of_groups(plan: Plan, shape: torch.Size, scale: Tensor | None) -> Tens
 def every_slot(plan: Plan) -> bool:
     """Whether the host knows that every row takes every group, so that one dense product does it all."""
     return mode() == "auto" and plan.exact and plan.num_slots == plan.num_rows * plan.num_groups
-
-
-def most_slots(plan: Plan, density: float) -> bool:
-    """Whether the host knows that a share `density` of all pairs of a row and a group has a slot, or more."""
-    return mode() == "auto" and plan.exact and plan.num_slots >= density * plan.num_rows * plan.num_groups
 
 
 class BlockGate(ThresholdGate):
@@ -151,7 +148,7 @@ class BlockMLP(DynamicLayer):
         self.record(plan, functools.partial(share_of_groups, plan, x.shape[:-1], scale), **others)
         if every_slot(plan):
             return self._dense(x, scale)
-        if most_slots(plan, _DENSE_FROM) and plan.num_slots * self.dim > _MANY:
+        if self._outgrows(plan) and wants_grad(x, scale, *self.parameters(recurse=False)):
             return self._dense(x, scale, mask)
         w_in, w_out, b_in = self.blocks()
         b_out = residual = None
@@ -161,6 +158,12 @@ class BlockMLP(DynamicLayer):
             else:
                 residual = self.b_out.to(x.dtype).expand(x.shape)
         return grouped_mlp(x, w_in, w_out, b_in, b_out, plan=plan, activation=self.activation, residual=residual)
+
+    def _outgrows(self, plan: Plan) -> bool:
+        """Whether there are so many slots that computing every neuron takes no longer, where the host knows it."""
+        if mode() != "auto" or not plan.exact:
+            return False
+        return plan.num_slots >= _DENSE_FROM * plan.num_rows * plan.num_groups and plan.num_slots * self.dim > _MANY
 
     def _dense(self, x: Tensor, scale: Tensor | None, mask: Tensor | None = None) -> Tensor:
         """Every block of every row as two products; where `mask` [T, G] is given, neurons outside of it are 0."""

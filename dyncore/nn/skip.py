@@ -107,8 +107,11 @@ class Skip(DynamicLayer):
         self.record(plan, functools.partial(executed, plan, mask.shape, scale))
         rows = x.reshape(mask.numel(), row_shape.numel())
         flat = mask.reshape(-1)
-        if mode() == "masked" or everything(plan):
-            live = rows if everything(plan) else torch.where(flat[:, None], rows, 0)
+        if everything(plan):
+            y = self._apply_module(rows, row_shape)
+            out = changed(rows, y, None if scale is None else scale.reshape(-1), None, self.returns)
+        elif mode() == "masked":
+            live = torch.where(flat[:, None], rows, 0)
             y = self._apply_module(live, row_shape)
             y = changed(live, y, None if scale is None else scale.reshape(-1), flat, self.returns)
             out = torch.where(flat[:, None], y, rows)

@@ -67,11 +67,9 @@ def test_a_scale_counts_where_all_blocks_are_taken_too(build):
     torch.testing.assert_close(layer(x), by_hand(layer, x, scale > -1, scale))
 
 
-@pytest.mark.parametrize(
-    "build", [width, acm, lambda gate: dc.nn.ACMLinear(D, D, 4, gate)], ids=["width", "acm", "linear"]
-)
+@pytest.mark.parametrize("build", [width, acm])
 @pytest.mark.parametrize("scaled", [True, False])
-def test_where_most_blocks_are_taken_the_dense_layer_is_masked(build, scaled, monkeypatch):
+def test_where_a_gradient_is_wanted_and_most_blocks_are_taken_the_dense_layer_is_masked(build, scaled, monkeypatch):
     monkeypatch.setattr("dyncore.nn.dynamic_width._MANY", 0)
     mask, x = torch.rand(20, 4) < 0.8, torch.randn(20, D).double()
     mask[3], mask[4] = False, True
@@ -82,6 +80,8 @@ def test_where_most_blocks_are_taken_the_dense_layer_is_masked(build, scaled, mo
     torch.testing.assert_close(auto.out, sparse.out)
     for name, grad in sparse.grads.items():
         torch.testing.assert_close(auto.grads[name], grad, msg=name)
+    with torch.no_grad():
+        assert flops(lambda: layer(x), "auto") == flops(lambda: layer(x))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -143,6 +143,33 @@ def test_learners_of_a_linear_layer_are_parts_of_its_input(mode):
     whole = dc.nn.ACMLinear.from_dense(linear, 4, Fixed(torch.ones(10, 4, dtype=torch.bool)))
     with dc.execution("auto"):
         assert torch.equal(whole(x), linear(x))
+
+
+@pytest.mark.parametrize("counts", [[0, 1, 2, 3, 4, 4, 4], [0, 3, 3], [3, 3, 3]], ids=["mixed", "zero or 3", "all 3"])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_rows_that_share_a_count_of_learners_share_a_product(counts, scaled, monkeypatch):
+    counts = torch.tensor(counts).repeat(7)
+    mask, x = torch.arange(4) < counts[:, None], torch.randn(len(counts), D).double()
+    gate = Fixed(mask, torch.rand(mask.shape).double() if scaled else None)
+    layer = dc.nn.ACMLinear(D, 10, 4, gate).double()
+    by_slot = run(layer, x, "sparse")
+    monkeypatch.setattr("dyncore.nn.acm._ROWS", 0)
+    x[~mask.repeat_interleave(D // 4, 1)] = float("nan")  # so are learners that are not taken
+    if scaled:
+        gate.scale = torch.where(mask, gate.scale, float("nan"))
+    by_count = run(layer, x, "sparse")
+    torch.testing.assert_close(by_count.out, by_slot.out)
+    for name, grad in by_slot.grads.items():
+        torch.testing.assert_close(by_count.grads[name], grad, msg=name)
+    assert flops(lambda: layer(x)) == 2 * int(counts.sum()) * 10 * D // 4
+
+
+def test_learners_in_any_order_are_computed_one_by_one(monkeypatch):
+    monkeypatch.setattr("dyncore.nn.acm._ROWS", 0)
+    mask, x = torch.rand(30, 4) < 0.8, torch.randn(30, D).double()
+    layer = dc.nn.ACMLinear(D, 10, 4, Fixed(mask)).double()
+    cut = x * mask.repeat_interleave(D // 4, 1)
+    torch.testing.assert_close(layer(x), cut @ layer.weight.t() + mask[:, :1] * layer.bias)
 
 
 def test_blocks_are_views_of_the_dense_weights():

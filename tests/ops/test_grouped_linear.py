@@ -123,6 +123,17 @@ def test_two_linears_by_slots_equal_the_mlp():
     torch.testing.assert_close(by_parts, dc.grouped_mlp(x, w_in, w_out, b_in, plan=plan, activation="silu"))
 
 
+def test_rows_in_ranges_give_the_bits_of_the_whole():
+    mask = torch.rand(40000, 4) < 0.9  # 115000 slots, 256 bytes each: two ranges
+    mask[::5] = False
+    plan = dc.route_mask(mask, torch.rand(40000, 4))
+    x, weight, bias = problem(plan, True)
+    x.data[::5] = float("nan")
+    with dc.execution("sparse"):
+        slots = dc.grouped_linear(x, weight, bias, plan=plan, scatter=False)
+        assert torch.equal(dc.grouped_linear(x, weight, bias, plan=plan), dc.scatter_rows(slots, plan))
+
+
 def test_flops_are_those_of_live_slots():
     plan = make_plan("padded", 40, 3, torch.float32)
     slots = int(plan.offsets[-1])

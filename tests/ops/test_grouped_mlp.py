@@ -244,6 +244,26 @@ def test_saved_for_backward_are_the_inputs_the_plan_and_the_pre_activation(group
     assert sum(saved.values()) == inputs + plan_bytes + 64 * 2 * 48 * 4
 
 
+@pytest.mark.parametrize("scaled", [True, False])
+def test_rows_in_ranges_give_the_bits_of_the_whole(scaled):
+    """Without gradients slots are combined range by range where there are many; with them, all at once."""
+    p = problem(num_rows=40000, groups=4, width=31, inner=3)
+    mask = torch.rand(40000, 4) < 0.9  # 115000 slots, 256 bytes each: two ranges
+    mask[::5] = False
+    p["x"].data[::5] = float("nan")
+    scale = torch.rand(40000, 4) if scaled else None
+    plan = dc.route_mask(mask, scale)
+    inputs = [p[name] for name in NAMES[:5]]
+    with dc.execution("sparse"):
+        whole = dc.grouped_mlp(*inputs, plan=plan, residual=p["residual"])
+        with torch.no_grad():
+            assert torch.equal(dc.grouped_mlp(*inputs, plan=plan, residual=p["residual"]), whole)
+            row = p["residual"][:1].expand(40000, 31)
+            assert torch.equal(
+                dc.grouped_mlp(*inputs, plan=plan, residual=row), dc.grouped_mlp(*inputs, plan=plan) + row
+            )
+
+
 def test_flops_are_those_of_live_slots():
     from torch.utils.flop_counter import FlopCounterMode
 

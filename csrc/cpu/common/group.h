@@ -46,6 +46,12 @@ inline Row bias_row(const Matrix& bias, int64_t g, int64_t n0, int n) {
   return load_row(static_cast<const T*>(bias.data) + g * bias.stride + n0, n);
 }
 
+// The rows of a matrix from `first` on.
+template <class T>
+inline Matrix rows_from(const Matrix& m, int64_t first) {
+  return {m.data ? static_cast<T*>(m.data) + first * m.stride : nullptr, m.stride};
+}
+
 // Padding slots hold 0: rows [live, capacity) of a slot-major matrix, where there is one.
 template <class T>
 inline void zero_slots_from(T* slots, int64_t live, int64_t capacity, int64_t width) {
