@@ -3,12 +3,8 @@
     {"schema": "dyncore.results/1", "created": ISO time, "command": str, "environment": {...}, "warnings": [str],
      "interrupted": bool, "records": [...], "errors": [{"point": str, "variant": str, "message": str}]}
 
-A record: mechanism, input, shape {letter: size}, dtype, phase, keep_ratio, execution, flops {executed, dense},
-variants {name: {median_ms, spread, samples_ns}}, flop_speedup, wall_clock_speedup, se, rsr (all against "dense", null
-where that was not run), against {rival: wall-clock speed-up}, unavailable {rival: reason}. FLOPs are 2 per
-multiply-add. Where it matters: threads, bytes (that a call must read), saved_bytes (that a forward keeps for the
-backward, besides its inputs).
-`pandas.json_normalize(results["records"])` makes a table of it.
+docs/results.md describes every field of it and of its records, docs/results.schema.json is its JSON Schema.
+`pandas.json_normalize(results["records"])` makes a table of the records.
 """
 
 from __future__ import annotations
