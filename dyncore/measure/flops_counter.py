@@ -112,6 +112,11 @@ class Counter(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled while `flops` counts; to say so to Dynamo takes as long for each op as counting it."""
+        return False
+
     def __init__(self, modules: Modules) -> None:
         super().__init__()
         self._modules = modules
@@ -168,14 +173,17 @@ def _name(func: Any) -> str:
 
 def _kind(func: Any) -> Formula | str | None:
     """An op's formula, or None if it is light, or "made of others" that can be seen, or "query", or "unknown"."""
-    name = _name(func)
     if isinstance(func, HigherOrderOperator):
         return formula_of(func) or ("made of others" if func is torch.ops.higher_order.cond else "unknown")
-    if name.partition("::")[2] in _QUERIES and name.startswith(("aten::", "prim::")):
+    return formula_of(func._overloadpacket) or _without_formula(func)
+
+
+@functools.cache
+def _without_formula(func: Any) -> str | None:
+    name = _name(func)
+    namespace, _, op = name.partition("::")
+    if op in _QUERIES and namespace in ("aten", "prim"):
         return "query"
-    formula = formula_of(func._overloadpacket)
-    if formula is not None:
-        return formula
     composite = DispatchKey.CompositeImplicitAutograd
     if composite in func.py_kernels or torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), composite):
         return "made of others"
