@@ -18,10 +18,11 @@ from dyncore.audit.findings import PAYS, Audit, Layer
 from dyncore.audit.loading import Failed, Inputs, as_inputs, place_of
 from dyncore.audit.masked import masked_run
 from dyncore.audit.mixtures import moe_run
-from dyncore.audit.watching import Call, evaluating, first_tensor, tensors, watch
+from dyncore.audit.watching import Call, evaluating, watch
 from dyncore.execution import execution
 from dyncore.measure.activation_sparsity import activation_sparsity
 from dyncore.measure.agreement import VALUES, disagreement
+from dyncore.measure.calls import first_tensor, tensors
 from dyncore.measure.environment import timing_warnings
 from dyncore.measure.flops import flops
 from dyncore.measure.records import new_results

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from dyncore.audit.candidates import expression
 from dyncore.audit.findings import Layer
 from dyncore.audit.loading import Inputs
-from dyncore.audit.watching import Masked, first_tensor, watch
+from dyncore.audit.watching import watch
 from dyncore.measure.agreement import disagreement
+from dyncore.measure.calls import first_tensor
+from dyncore.measure.row_masks import Masked
 from dyncore.nn.early_exit import takes
 from dyncore.nn.skip import Skip
 

@@ -9,7 +9,15 @@ from dyncore.measure.exits import Exits, ExitStatistics, exit_costs, exits
 from dyncore.measure.flops import Flops, flops
 from dyncore.measure.ranking import Ranking, ranking
 from dyncore.measure.records import new_results, read_results, write_results
-from dyncore.measure.savings import Savings, break_even, realised_saving, savings, scaling_efficiency
+from dyncore.measure.savings import (
+    Savings,
+    SavingsError,
+    break_even,
+    realised_saving,
+    savings,
+    scaling_efficiency,
+)
+from dyncore.measure.savings_record import Sweep
 from dyncore.measure.sparsity_report import ActivationSparsity
 from dyncore.measure.sparsity_statistics import LayerSparsity
 from dyncore.measure.sweeps import ForcedGate, sweep
@@ -25,6 +33,8 @@ __all__ = [
     "LayerSparsity",
     "Ranking",
     "Savings",
+    "SavingsError",
+    "Sweep",
     "Timing",
     "activation_sparsity",
     "break_even",

@@ -1,4 +1,4 @@
-"""savings: FLOPs and wall clock of a dynamic module, skipping for real, against computing everything.
+"""savings: FLOPs and wall clock of a dynamic module, skipping for real, against what would be computed without it.
 
 The wall clock of a network is what its user pays; FLOPs are what the papers report. The ratio of the two speed-ups
 says what a saved FLOP was worth.
@@ -7,202 +7,365 @@ says what a saved FLOP was worth.
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
-from torch import Tensor
+from torch import nn
 
-from dyncore.execution import execution
-from dyncore.measure.agreement import disagreement
+from dyncore.measure import baselines as rivals
+from dyncore.measure import on_gpu
+from dyncore.measure.calls import Call, Result, difference, failure, first_difference, seeded, tensors, title, told
+from dyncore.measure.ceilings import Ceilings, ceilings
+from dyncore.measure.energy import NoMeter, joules
+from dyncore.measure.environment import timing_warnings
 from dyncore.measure.flops import flops
-from dyncore.measure.timing import Interleaved, Timing
+from dyncore.measure.forcing import NotForced, forced
+from dyncore.measure.naive import PlainOps
+from dyncore.measure.row_masks import masked_layers
+from dyncore.measure.savings_record import (
+    Savings,
+    SavingsError,
+    Sweep,
+    break_even,
+    realised_saving,
+    scaling_efficiency,
+)
+from dyncore.measure.stages import profile
+from dyncore.measure.timing import Timing, ratio_interval, timer
+from dyncore.nn.base import DynamicLayer
+from dyncore.nn.sparse_mlp import SparseLinear, SparseMLP
+
+__all__ = ["Savings", "SavingsError", "break_even", "realised_saving", "savings", "scaling_efficiency"]
+
+BASELINES = ("dense", "masked", "naive", "smaller")
+_KEEP = (0.1, 0.25, 0.5, 0.75, 1.0)
+_SAMPLES = 8  # whose latency is taken one by one
+_SURE = 0.02  # half the width of the interval of the speed-up at which timing stops before twice its seconds
+_ROUNDS = 1000
+_CAUSES = (
+    "no saving is reported on wrong numbers. The usual causes: dropout in training mode; a module that mixes rows, "
+    "such as BatchNorm or a block without positions=/live="
+)
 
 
-def scaling_efficiency(wall_clock_speedup: float, flop_speedup: float) -> float:
-    """SE: wall-clock speed-up over FLOP speed-up. 1 where time falls exactly as FLOPs do."""
-    return wall_clock_speedup / flop_speedup
+def _compiled(module: object) -> bool:
+    if not isinstance(module, nn.Module):
+        return hasattr(module, "_torchdynamo_orig_callable")
+    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in module.modules())
 
 
-def realised_saving(time: float, dense_time: float, flop: float, dense_flop: float) -> float | None:
-    """RSR: share of time saved over share of FLOPs saved, (1 - t/t_dense) / (1 - F/F_dense); None if no FLOP was."""
-    if flop == dense_flop:
-        return None
-    return (1 - time / dense_time) / (1 - flop / dense_flop)
+class _Measuring:
+    """One call of savings, which fills the fields of a `Savings` one after the other."""
 
+    def __init__(self, call: Call, names: Sequence[str], seconds: float, min_rounds: int) -> None:
+        self.call, self.names, self.seconds, self.min_rounds = call, names, seconds, min_rounds
+        self.calls: dict[str, Call] = {"sparse": call}
+        self.compiled: bool = _compiled(call.module)
+        self.fields: dict[str, Any] = {}
+        self.flops: dict[str, int] = {}
+        self.made: dict[str, str] = {}
+        self.unavailable: dict[str, str] = {}
+        self.notes: list[str] = []
+        self.warnings: list[str] = timing_warnings()
+        self.errors: list[dict[str, str]] = []
 
-def break_even(keep: Sequence[float], times: Sequence[float], dense_time: float) -> float | None:
-    """The largest keep ratio up to which `times` stay at or under `dense_time`, linear between measured points.
+    def refuse(self, message: str, error: BaseException | None = None) -> SavingsError:
+        self.errors.append({"point": "module", "variant": "sparse", "message": message})
+        parts = ("flops", "made", "unavailable", "notes", "warnings", "errors")
+        refused = SavingsError(message, {name: getattr(self, name) for name in parts})
+        refused.__cause__ = error
+        return refused
 
-    Returns the last ratio measured if all points are faster than dense, None if the first one is slower already.
-    Raises ValueError if the lengths differ or are 0.
-    """
-    if not keep or len(keep) != len(times):
-        raise ValueError(f"times: expected one for each of the {len(keep)} keep ratios (at least 1), got {len(times)}")
-    points = sorted(zip(keep, times, strict=True))
-    if points[0][1] > dense_time:
-        return None
-    for (k0, t0), (k1, t1) in itertools.pairwise(points):
-        if t1 > dense_time:
-            return k0 + (k1 - k0) * (dense_time - t0) / (t1 - t0)
-    return points[-1][0]
+    def attempt(self, point: str, measure: Callable[[], None]) -> None:
+        """A part whose failure leaves the others."""
+        try:
+            measure()
+        except Exception as error:
+            self.unavailable[point] = told(error)
+            self.errors.append({"point": point, "variant": "sparse", "message": told(error)})
 
+    # What is compared ------------------------------------------------------------------------------------------------
 
-@dataclasses.dataclass(frozen=True)
-class Savings:
-    """What skipping saved: executed FLOPs and timings of each execution, and their ratios.
+    def check(self, tolerance: float | None) -> None:
+        """That the module runs, and gives in "sparse" what it gives in "masked"; then the other baselines."""
+        try:
+            sparse: Result = seeded(self.call)
+        except Exception as error:
+            raise self.refuse(f"module: {failure(self.call, error)}", error) from error
+        self.flops["sparse"] = self.count(self.call)
+        if not sparse.values:
+            self.notes.append("the module returns no tensors that are known of: its numbers are not compared")
+        self.masked(sparse, tolerance)
+        makers = {"dense": self.dense, "naive": lambda: self.naive(sparse), "smaller": self.smaller}
+        for name in ("dense", "naive", "smaller"):
+            if name in self.names and name not in self.calls:
+                try:
+                    makers[name]()
+                    seeded(self.calls[name])
+                    self.flops[name] = self.count(self.calls[name])
+                except rivals.NoBaseline as error:
+                    self.unavailable[name] = str(error)
+                    self.calls.pop(name, None)
+                except Exception as error:
+                    self.unavailable[name] = f"it {failure(self.calls.pop(name, self.call), error)}"
+        if "masked" not in self.names and "dense" in self.calls:  # it was there for its numbers alone
+            for kept in (self.calls, self.flops, self.made):
+                kept.pop("masked", None)
 
-    Attributes:
-        flops, timings: by name: "sparse", "masked" and, where one was given, "dense".
-        baseline: what the ratios are against: "dense" where one was given, else "masked".
-    """
+    def masked(self, sparse: Result, tolerance: float | None) -> None:
+        call = dataclasses.replace(self.call, mode="masked")
+        try:
+            masked: Result = seeded(call)
+        except Exception as error:
+            message = f"masked execution {failure(call, error)}"
+            self.unavailable["masked"] = message
+            self.errors.append({"point": "module", "variant": "masked", "message": message})
+            return
+        why = difference(sparse, masked, leaves=list(self.call.leaves()), tolerance=tolerance)
+        if why:
+            what, _, how = why.partition(" differs: ")
+            layer = first_difference(self.call, call, tolerance)
+            first = f" (the first layer to differ: {layer})" if layer else ""
+            where = f"{what} differs between sparse and masked execution{first}: {how}" if how else f"{why}{first}"
+            raise self.refuse(f"module: {where}; {_CAUSES}")
+        self.calls["masked"] = call
+        self.flops["masked"] = self.count(call)
+        self.made["masked"] = "everything computed, then multiplied by 0 or 1"
 
-    flops: dict[str, int]
-    timings: dict[str, Timing]
-    baseline: str
+    def count(self, call: Call) -> int:
+        return seeded(flops, call)
+
+    def dense(self) -> None:
+        if self.compiled:
+            raise rivals.NoBaseline("the module is compiled: give its compiled dense twin as dense=")
+        self.calls["dense"], self.made["dense"] = rivals.dense(self.call)
+
+    def naive(self, sparse: Result) -> None:
+        if self.compiled:
+            raise rivals.NoBaseline("the module is compiled, and so are the ops in it")
+        plain = PlainOps()
+        call = dataclasses.replace(self.call, around=plain)
+        result: Result = seeded(dataclasses.replace(call, around=plain.counting))
+        if not plain.used:
+            raise rivals.NoBaseline("the module calls no op of dyncore that has a plain form")
+        why = difference(result, sparse, loose=True)
+        if why:
+            raise rivals.NoBaseline(f"the ops in plain PyTorch give other numbers: {why}")
+        self.calls["naive"] = call
+        self.made["naive"] = "the same skipping by index_select, loops over groups, index_add"
+
+    def smaller(self) -> None:
+        twin = self.calls.get("dense")
+        if twin is None:
+            raise rivals.NoBaseline("there is no dense twin to make it of")
+        total, want = int(self.flops["dense"]), int(self.flops["sparse"])
+        self.calls["smaller"], self.made["smaller"] = rivals.smaller(twin, total, want)
+
+    # What is measured ------------------------------------------------------------------------------------------------
 
     @property
-    def flop_speedup(self) -> float:
-        """FLOPs of the baseline over those executed; infinite if none was."""
-        executed = self.flops["sparse"]
-        return self.flops[self.baseline] / executed if executed else float("inf")
+    def baseline(self) -> str:
+        return "dense" if "dense" in self.calls else "masked"
 
-    @property
-    def wall_clock_speedup(self) -> float:
-        """Median time of the baseline over that of skipping."""
-        return self.timings[self.baseline].median / self.timings["sparse"].median
+    def time(self) -> dict[str, Timing]:
+        times = timer(self.calls, self.call.device)
+        options = {"min_rounds": self.min_rounds, "max_rounds": max(_ROUNDS, self.min_rounds)}
+        timings = times.run(seconds=self.seconds, limit=10 * self.seconds, **options)
+        for _ in range(2):
+            interval = ratio_interval(timings[self.baseline], timings["sparse"])
+            if interval is None or interval[1] - interval[0] <= _SURE * sum(interval) or self.seconds < 0.1:
+                break
+            timings = times.run(seconds=self.seconds / 2, limit=0.0, warm_up=0, **options)
+        return timings
 
-    @property
-    def se(self) -> float:
-        """Scaling efficiency: wall-clock speed-up over FLOP speed-up."""
-        return scaling_efficiency(self.wall_clock_speedup, self.flop_speedup)
+    def sweep(self) -> None:
+        """Over forced shares, in the same rounds as the baseline."""
+        module = self.call.module
+        if not isinstance(module, nn.Module):
+            raise NotForced("a callable that is no module has no gates to force")
+        if self.compiled:
+            raise NotForced("the module is compiled, and so are its gates")
+        calls, shares = {"baseline": self.calls[self.baseline]}, dict[str, float]()
+        for keep in _KEEP:
+            twin, share = forced(module, keep)
+            if share not in shares.values():
+                shares[f"{keep:g}"] = share
+                calls[f"{keep:g}"] = self.call.of(twin)
+        times = timer(calls, self.call.device)
+        rounds = min(self.min_rounds, 5)
+        found = times.run(seconds=self.seconds / 2, min_rounds=rounds, max_rounds=300, limit=5 * self.seconds)
+        self.fields["sweep"] = Sweep(tuple(shares.values()), tuple(found[name] for name in shares), found["baseline"])
 
-    @property
-    def rsr(self) -> float | None:
-        """Realised saving: share of time saved over share of FLOPs saved; None if no FLOP was."""
-        times = self.timings["sparse"].median, self.timings[self.baseline].median
-        return realised_saving(*times, self.flops["sparse"], self.flops[self.baseline])
+    def stages(self, median: float) -> None:
+        found = profile(self.call, median)
+        self.fields |= {"stages": found.stages, "bytes": found.bytes}
+        self.fields["peak_bytes"] = peaks = {}
+        for name in ("sparse", self.baseline):
+            if self.call.device.type == "cuda":
+                peaks[name] = on_gpu.peak_bytes(self.calls[name])
+            else:
+                peaks[name] = (found if name == "sparse" else profile(self.calls[name], 0.0, runs=0)).peak_bytes
+        kinds = (DynamicLayer, SparseLinear, SparseMLP)
+        module = self.call.module
+        known = isinstance(module, nn.Module) and any(isinstance(m, kinds) for m in module.modules())
+        if not (known or found.ops):
+            self.notes.append("nothing in it is dynamic: it calls no op of dyncore, and there is nothing to skip")
 
-    def record(self) -> dict[str, Any]:
-        """As a plain dict, raw samples included."""
-        return {
-            "baseline": self.baseline,
-            "flops": dict(self.flops),
-            "timings": {name: timing.record() for name, timing in self.timings.items()},
-            "flop_speedup": self.flop_speedup if self.flops["sparse"] else None,
-            "wall_clock_speedup": self.wall_clock_speedup,
-            "se": self.se,
-            "rsr": self.rsr,
+    def ceilings(self) -> None:
+        found: Ceilings = ceilings(self.call.device, self.call.dtype)
+        self.fields["ceilings"] = found
+
+    def batch_1(self) -> None:
+        inputs = tensors((self.call.args, self.call.kwargs))
+        size = inputs[0].shape[0] if inputs and inputs[0].dim() else 0
+        if size < 2:
+            self.unavailable["batch_1"] = "the batch is one sample already" if size else "there is no batch to cut"
+            return
+        count = min(size, _SAMPLES)
+        calls = {
+            name: [self.calls[name].first_samples(1, start=i) for i in range(count)]
+            for name in ("sparse", self.baseline)
         }
+        try:
+            for cut in calls.values():
+                seeded(cut[0])  # type: ignore[arg-type]
+        except Exception as error:
+            self.unavailable["batch_1"] = f"one sample alone fails: {told(error)}"
+            return
 
-    def __str__(self) -> str:
-        lines = [
-            f"{name:7} {self.flops[name] / 1e9:10.4f} GFLOP {timing.median * 1e3:10.3f} ms ±{timing.spread:.0%}"
-            for name, timing in self.timings.items()
-        ]
-        # where next to nothing was skipped, both ratios are of noise; where FLOPs were added, of no meaning
-        shown = f"{self.flop_speedup:.2f}"
-        skipped = shown != "1.00" and self.flop_speedup > 1
-        why = "nothing was skipped" if shown == "1.00" else "more FLOPs than the baseline's"
-        se = f"{self.se:.2f}" if skipped else f"- ({why})"
-        rsr = f"{self.rsr:.2f}" if skipped and self.rsr is not None else "-"
-        lines.append(
-            f"against {self.baseline}: FLOPs {self.flop_speedup:.2f}x, wall clock {self.wall_clock_speedup:.2f}x, "
-            f"SE {se}, RSR {rsr}"
+        def run(call: Call) -> Result:
+            return call()
+
+        times = timer(dict.fromkeys(calls, run), self.call.device, lambda name, round: (calls[name][round % count],))
+        rounds = min(self.min_rounds, 5)
+        self.fields["batch_1"] = times.run(seconds=self.seconds / 4, min_rounds=rounds, limit=5 * self.seconds)
+
+    def energy(self) -> None:
+        inputs = tensors((self.call.args, self.call.kwargs))
+        size = max(1, inputs[0].shape[0]) if inputs and inputs[0].dim() else 1
+        names = ("sparse", self.baseline)
+        found = {name: joules(self.calls[name], self.call.device, self.seconds / 4) for name in names}
+        self.fields["joules"] = {name: each / size for name, each in found.items()}
+
+    def masks(self) -> None:
+        """Layers that look dynamic and are not."""
+        module = self.call.module
+        for masked in masked_layers(self.call):
+            assert isinstance(module, nn.Module)
+            inside = [masked.layer.rsplit(".", k)[0] for k in range(1, masked.layer.count(".") + 1)]
+            if any(isinstance(module.get_submodule(name), DynamicLayer) for name in (*inside, "")):
+                continue
+            share = 1 - float(masked.mask.double().mean())
+            layer = title(masked.layer, module.get_submodule(masked.layer))
+            self.notes.append(
+                f"{layer} computes every row, and a mask then makes 0 of {share:.0%} of them: its FLOP speed-up is 1.0 "
+                "and it saves nothing (dyncore audit says which line of code would)"
+            )
+
+    def run(self, details: bool) -> Savings:
+        timings = self.time()
+        self.attempt("masks", self.masks)
+        if details:
+            try:
+                self.sweep()
+            except NotForced as error:
+                self.unavailable["break_even"] = str(error)
+            except Exception as error:
+                self.unavailable["break_even"] = f"with gates forced open at random it fails: {told(error)}"
+            self.attempt("stages", lambda: self.stages(timings["sparse"].median))
+            self.attempt("ceilings", self.ceilings)
+            self.attempt("batch_1", self.batch_1)
+            try:
+                self.energy()
+            except NoMeter as error:
+                self.unavailable["joules"] = str(error)
+            if self.call.device.type == "cuda":
+                self.fields["host_syncs"] = on_gpu.host_syncs(self.call)
+        return Savings(
+            self.flops,
+            timings,
+            self.baseline,
+            about=self.about(),
+            made=self.made,
+            unavailable=self.unavailable,
+            notes=self.notes,
+            warnings=self.warnings,
+            errors=self.errors,
+            **self.fields,
         )
-        return "\n".join(lines)
 
-
-def _gradients(roots: list[Tensor], grads: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
-    """Gradients of the leaves, whose .grad is left as it was. (The FLOP counter of modules refuses autograd.grad.)"""
-    kept = [t.grad for t in leaves]
-    for t in leaves:
-        t.grad = None
-    try:
-        torch.autograd.backward(roots, grads)
-        return [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves]
-    finally:
-        for t, grad in zip(leaves, kept, strict=True):
-            t.grad = grad
-
-
-_Run = Callable[[], tuple[list[Tensor], list[Tensor]]]
-
-
-def _runner(module: Callable[..., Any], inputs: tuple[Any, ...], mode: str, backward: bool) -> _Run:
-    """A call of `module` in one execution mode that returns (output tensors, gradients)."""
-    parameters = list(module.parameters()) if isinstance(module, torch.nn.Module) else []
-    leaves = [t for t in (*parameters, *pytree.tree_leaves(inputs)) if isinstance(t, Tensor) and t.requires_grad]
-
-    def run() -> tuple[list[Tensor], list[Tensor]]:
-        with execution(mode), torch.set_grad_enabled(backward):
-            outputs = [t for t in pytree.tree_leaves(module(*inputs)) if isinstance(t, Tensor)]
-            if not backward:
-                return outputs, []
-            roots = [t for t in outputs if t.requires_grad]
-            ones = [torch.ones_like(t) for t in roots]
-            return outputs, _gradients(roots, ones, leaves)
-
-    return run
-
-
-def _seeded(fn: Callable[..., Any], *args: Any) -> Any:
-    """fn(*args) with the random state left as it was: noise is the same in each mode."""
-    with torch.random.fork_rng():
-        return fn(*args)
-
-
-def _expect_agreement(sparse: _Run, masked: _Run, tolerance: float | None) -> None:
-    results = zip(("output", "gradient"), _seeded(sparse), _seeded(masked), strict=True)
-    for kind, values, references in results:
-        for i, (value, reference) in enumerate(zip(values, references, strict=True)):
-            why = disagreement(value, reference, gradient=kind == "gradient", tolerance=tolerance)
-            if why:
-                raise ValueError(
-                    f"module: {kind} {i} differs between sparse and masked execution: {why}; no saving is reported "
-                    "on wrong numbers. The usual causes: dropout in training mode; a module that mixes rows, such as "
-                    "BatchNorm or a block without positions=/live="
-                )
+    def about(self) -> dict[str, Any]:
+        module = self.call.module
+        return {
+            "name": type(module).__name__ if isinstance(module, nn.Module) else getattr(module, "__name__", "callable"),
+            "dtype": str(self.call.dtype).removeprefix("torch."),
+            "device": str(self.call.device),
+            "phase": "forward+backward" if self.call.backward else "forward",
+            "threads": torch.get_num_threads(),
+        }
 
 
 def savings(
     module: Callable[..., Any],
     *inputs: Any,
+    kwargs: Mapping[str, Any] | None = None,
     dense: Callable[..., Any] | None = None,
+    baselines: Sequence[str] = BASELINES,
     backward: bool = False,
     seconds: float = 2.0,
     min_rounds: int = 5,
     tolerance: float | None = None,
+    details: bool = True,
 ) -> Savings:
-    """FLOPs and wall clock of `module` on `inputs`: skipping for real, against computing everything and masking.
+    """FLOPs and wall clock of `module` on `inputs`, skipping for real, against what would be computed without it.
 
     Args:
         module: a module or another callable made of dyncore's layers and ops, compiled or not; its FLOPs are then those
             of eager code, as `flops` says, its times those of the compiled.
-        inputs: what it is called with.
-        dense: its dense twin, called with the same inputs; then the ratios are against it, else against "masked".
+        inputs, kwargs: what it is called with; the first dimension of tensors is that of samples.
+        dense: its dense twin, called with the same; made of the module where it is None and layers of dyncore.nn can be
+            replaced by plain ones. The ratios are against it, or else against "masked".
+        baselines: which of
+            "masked": everything computed, then multiplied by 0 or 1;
+            "dense": the dense twin;
+            "naive": the same skipping in plain PyTorch;
+            "smaller": a static dense network of as many FLOPs as were executed: the dense twin on fewer samples or
+            positions, or with narrower MLPs.
+            One that cannot be made is in `unavailable`, with the reason.
         backward: time forward and backward (gradients of parameters and of inputs that require them) instead of
             forward without gradients.
-        seconds, min_rounds: of the timing, as in Interleaved.run; `seconds` is above 0.
+        seconds, min_rounds: of the timing, as in Interleaved.run; `seconds` is above 0. Where the ratio is not known to
+            2% then, it takes twice as long.
         tolerance: largest error over max(rms, |value|) at which the modes agree; by default that of one op in the
             module's dtype, which a deep network in 16 bits may exceed.
+        details: whether the break-even, stages, ceilings, memory, latency and energy are measured, too, which takes
+            about as long again.
 
-    Raises ValueError if sparse and masked execution disagree (no saving is reported on wrong numbers) or
-    `seconds` is not above 0, TypeError if `module` or `dense` cannot be called.
+    Raises SavingsError (a ValueError) if the module fails, naming the layer that does, or if sparse and masked
+    execution disagree, naming the first layer that does (no saving is reported on wrong numbers); its `partial` has
+    what was found. What fails besides is in the record's `errors`. Raises ValueError if `seconds` is not above 0 or a
+    baseline is unknown, TypeError if `module` or `dense` cannot be called.
     """
     for name, fn in (("module", module), ("dense", dense)):
         if not callable(fn) and not (name == "dense" and fn is None):
             raise TypeError(f"{name}: expected a module or another callable, got {type(fn).__name__}")
     if not seconds > 0:
         raise ValueError(f"seconds: expected a number above 0, got {seconds}")
-    runs = {mode: _runner(module, inputs, mode, backward) for mode in ("sparse", "masked")}
+    if isinstance(baselines, str) or any(name not in BASELINES for name in baselines):
+        raise ValueError(f"baselines: expected some of {', '.join(BASELINES)}, got {baselines!r}")
+    call = Call(module, inputs, dict(kwargs or {}), "sparse", backward)
+    measuring = _Measuring(call, baselines, seconds, min_rounds)
     if dense is not None:
-        runs["dense"] = _runner(dense, inputs, "auto", backward)
-    _expect_agreement(runs["sparse"], runs["masked"], tolerance)
-    device = next((t.device for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)), torch.device("cpu"))
-    counted = {name: _seeded(flops, run) for name, run in runs.items()}
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else None
-    timings = Interleaved(runs, synchronize=synchronize).run(seconds=seconds, min_rounds=min_rounds)
-    return Savings(counted, timings, "masked" if dense is None else "dense")
+        given = call.of(dense, "auto")
+        try:
+            seeded(given)
+        except Exception as error:
+            raise measuring.refuse(f"dense: {failure(given, error)}", error) from error
+        measuring.calls["dense"], measuring.made["dense"] = given, "as given"
+    measuring.check(tolerance)
+    if dense is not None:
+        measuring.flops["dense"] = measuring.count(measuring.calls["dense"])
+    if measuring.baseline not in measuring.calls:
+        raise measuring.refuse(f"module: nothing to compare with: {measuring.unavailable}")
+    return measuring.run(details)

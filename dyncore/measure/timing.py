@@ -49,6 +49,31 @@ class Timing:
         return {"median_ms": self.median * 1e3, "spread": self.spread, "samples_ns": list(self.samples_ns)}
 
 
+_RESAMPLES, _FEWEST = 1000, 5  # fewer samples than these say nothing of their spread
+
+
+def ratio_interval(time: Timing, other: Timing, share: float = 0.95) -> tuple[float, float] | None:
+    """Where the ratio of two medians lies, by a bootstrap over the rounds (Efron 1979); None below 5 samples each.
+
+    Rounds of as many samples are drawn in pairs, as they were taken: what slows a round down slows both.
+    """
+    counts = len(time.samples_ns), len(other.samples_ns)
+    if min(counts) < _FEWEST:
+        return None
+    generator = torch.Generator("cpu").manual_seed(0)
+    first = torch.randint(counts[0], (_RESAMPLES, counts[0]), generator=generator, device="cpu")
+    second = first
+    if counts[0] != counts[1]:
+        second = torch.randint(counts[1], (_RESAMPLES, counts[1]), generator=generator, device="cpu")
+    above, below = (
+        torch.tensor(t.samples_ns, dtype=torch.float64, device="cpu")[index].quantile(0.5, dim=1)
+        for t, index in ((time, first), (other, second))
+    )
+    edges = torch.tensor([(1 - share) / 2, (1 + share) / 2], dtype=torch.float64, device="cpu")
+    low, high = (above / below.clamp(min=1)).quantile(edges).tolist()
+    return low, high
+
+
 def _no_arguments(name: str, round: int) -> tuple[Any, ...]:
     return ()
 
@@ -154,6 +179,38 @@ class InterleavedOnDevice(Interleaved):
         end.synchronize()
         del kept
         return max(1, int(start.elapsed_time(end) * 1e6))  # from milliseconds
+
+
+class InterleavedCold(Interleaved):
+    """Interleaved on the current CUDA device, each sample with a cold L2 cache: what lies between two events behind a
+    sweep over twice the cache. The device's waiting for the host is in it."""
+
+    _swept: torch.Tensor | None = None
+
+    def _time(self, name: str, round: int) -> int:
+        args = self._arguments(name, round)
+        if self._swept is None:
+            size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+            self._swept = torch.empty(2 * max(size, 2**25), dtype=torch.uint8, device="cuda")
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        self._swept.zero_()
+        start.record()
+        kept = self.variants[name](*args)
+        end.record()
+        end.synchronize()
+        del kept
+        return max(1, int(start.elapsed_time(end) * 1e6))  # from milliseconds
+
+
+def timer(
+    variants: Mapping[str, Callable[..., Any]],
+    device: torch.device,
+    arguments: Callable[[str, int], tuple[Any, ...]] = _no_arguments,
+) -> Interleaved:
+    """What times modules on a device: the wall clock on a CPU, events around cold calls on a CUDA device."""
+    kind = InterleavedCold if device.type == "cuda" else Interleaved
+    return kind(variants, arguments=arguments)
 
 
 def storage_bytes(tree: Any) -> int:

@@ -9,8 +9,9 @@ from torch import nn
 
 from dyncore.audit import Layer, audit
 from dyncore.audit.loading import as_inputs, load_inputs
-from dyncore.audit.watching import row_mask, tensors
 from dyncore.measure import Timing
+from dyncore.measure.calls import tensors
+from dyncore.measure.row_masks import row_mask
 from dyncore.nn import MoE, Skip
 from tests.audit import models
 

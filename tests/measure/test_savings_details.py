@@ -1,0 +1,467 @@
+"""What stands beside the ratios of savings: stages, bytes, memory, ceilings, energy, one sample, noise; and bad input."""
+
+import dataclasses
+import itertools
+import json
+import sys
+import time
+import types
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import dyncore as dc
+from dyncore.execution import mode
+from dyncore.measure import Savings, SavingsError, Sweep, Timing, energy, on_gpu
+from dyncore.measure.calls import Call, tensors
+from dyncore.measure.ceilings import ceilings
+from dyncore.measure.stages import CALLING, STAGES, profile
+from dyncore.measure.timing import InterleavedCold, ratio_interval
+
+SHORT = {"seconds": 1e-9, "min_rounds": 1}
+QUICK = {**SHORT, "details": False}
+
+
+def profiled(module, *inputs, median=0.0, backward=False):
+    return profile(Call(module, inputs, {}, "sparse", backward), median)
+
+
+# Stages, bytes, memory
+
+
+def test_a_dear_gate_is_time_spent_deciding():
+    gate = nn.Sequential(nn.Linear(64, 2048), nn.ReLU(), nn.Linear(2048, 1))
+    found = profiled(dc.nn.Skip(nn.Linear(64, 64), dc.nn.ThresholdGate(gate)).eval(), torch.randn(512, 64))
+    assert found.stages["deciding"] > 0.5
+    assert sum(found.stages.values()) == pytest.approx(1)
+
+
+def test_the_stages_of_a_layer_that_moves_its_rows():
+    module = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 64))
+    found = profiled(dc.nn.Skip(module, lambda x: x[:, 0] > 0), torch.randn(512, 64))
+    assert list(found.stages) == [*STAGES, CALLING]
+    assert all(found.stages[stage] > 0 for stage in STAGES)
+    assert found.stages["computing"] == max(found.stages.values())
+    assert found.ops >= 2
+
+
+def test_a_module_without_skipping_computes_alone():
+    found = profiled(nn.Linear(64, 64), torch.randn(128, 64))
+    assert {name for name, share in found.stages.items() if share} == {"computing"}
+    assert found.ops == 0
+
+
+def test_time_between_the_ops_is_a_stage_of_its_own():
+    found = profiled(nn.Linear(8, 8), torch.randn(4, 8), median=10.0)
+    assert found.stages[CALLING] > 0.99
+
+
+def test_a_backward_is_profiled_by_the_names_of_its_ops():
+    layer = dc.nn.Skip(nn.Linear(64, 64), lambda x: x[:, 0] > 0)
+    found = profiled(layer, torch.randn(128, 64, requires_grad=True), backward=True)
+    assert found.stages["scattering"] > 0
+    assert layer.module.weight.grad is None
+
+
+def test_bytes_are_those_that_ops_read_and_write():
+    found = profiled(nn.Linear(64, 32), torch.randn(128, 64))
+    assert found.bytes == 4 * (128 * 64 + 64 * 32 + 32 + 128 * 32)
+
+
+def test_weights_of_groups_that_no_row_comes_to_are_not_read():
+    w_in, w_out, x = torch.randn(4, 8, 16), torch.randn(4, 16, 8), torch.randn(10, 16)
+    counts = []
+    for expert in (torch.zeros(10, 1, dtype=torch.int64), (torch.arange(10) % 4)[:, None]):
+        plan = dc.route(expert, num_groups=4)
+        counts.append(profiled(lambda x, plan=plan: dc.grouped_mlp(x, w_in, w_out, plan=plan), x).bytes)
+    assert counts[1] - counts[0] == 4 * 3 * 2 * 8 * 16
+
+
+def test_peak_memory_is_of_tensors_alive_at_one_time():
+    def chain(x):
+        return (x + 1).relu().sum()  # two of x's size at most, beside x
+
+    assert profiled(chain, torch.randn(1000)).peak_bytes == 2 * 4000
+
+
+# Timing, ceilings, energy
+
+
+def test_the_interval_of_a_ratio_holds_it_and_says_how_far_it_is_known():
+    generator = torch.Generator().manual_seed(3)
+    noise = (1 + 0.1 * torch.rand(40, generator=generator)).tolist()
+    slow, fast = Timing(tuple(int(3e6 * n) for n in noise)), Timing(tuple(int(1e6 * n) for n in reversed(noise)))
+    low, high = ratio_interval(slow, fast)
+    assert low < 3 < high
+    assert high - low < 0.3
+    assert ratio_interval(slow, fast) == (low, high)
+    assert ratio_interval(Timing((1, 2, 3, 4)), fast) is None
+
+
+def test_what_slows_a_whole_round_down_widens_no_interval():
+    drift = [int(1e6 * (1 + i % 5)) for i in range(40)]
+    assert ratio_interval(Timing(tuple(2 * t for t in drift)), Timing(tuple(drift))) == (2.0, 2.0)
+
+
+def saved_with(sparse, masked, flops=(25, 100)):
+    return Savings(
+        {"sparse": flops[0], "masked": flops[1]}, {"sparse": Timing(sparse), "masked": Timing(masked)}, "masked"
+    )
+
+
+def test_a_difference_within_the_noise_is_called_so():
+    rough = tuple(100 + 40 * (i % 7) for i in range(20))
+    saved = saved_with(rough, rough[::-1])
+    assert saved.noise.startswith("within noise: the wall-clock speed-up lies in ")
+    assert saved.noise in str(saved)
+    noisy = saved_with(tuple(t // 4 for t in rough), rough[::-1])
+    assert noisy.noise.startswith("noisy: SE is known to ±")
+    assert saved_with((100,) * 20, (300,) * 20).noise is None
+    assert saved_with((100,) * 20, (300,) * 20).interval == (3.0, 3.0)
+    assert saved_with((100,), (300,)).noise is None
+
+
+def test_on_a_gpu_samples_are_cold_and_lie_between_events(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            log.append("record")
+
+        def synchronize(self):
+            log.append("wait")
+
+        def elapsed_time(self, end):
+            return 0.5
+
+    class Swept:
+        def zero_(self):
+            log.append("sweep")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
+    timer = InterleavedCold({"a": lambda: log.append("a")})
+    timer._swept = Swept()
+    timer.round()
+    assert log == ["synchronize", "sweep", "record", "a", "record", "wait"]
+    assert timer.timings()["a"].samples_ns == (500_000,)
+
+
+def test_host_syncs_are_torchs_warnings(monkeypatch):
+    modes = ["default"]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def module():
+        warnings.warn("called a synchronizing CUDA operation", UserWarning, stacklevel=2)
+        warnings.warn("something else", UserWarning, stacklevel=2)
+        return torch.zeros(1)
+
+    assert on_gpu.host_syncs(Call(module, (), {})) == 1
+    assert modes == ["default", "warn", 0]
+
+
+def test_ceilings_are_measured_once(monkeypatch):
+    monkeypatch.setattr("dyncore.measure.ceilings._SECONDS", 0.01)
+    found = ceilings(torch.device("cpu"), torch.float64)
+    assert found.gflops > 0
+    assert found.gbs > 0
+    assert ceilings(torch.device("cpu"), torch.float64) is found
+
+
+def package(root, number, microjoules):
+    folder = root / f"intel-rapl:{number}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "max_energy_range_uj").write_text("999999\n")
+    (folder / "energy_uj").write_text(f"{microjoules}\n")
+    return folder / "energy_uj"
+
+
+def test_joules_are_the_counters_of_all_packages_over_the_runs(monkeypatch, tmp_path):
+    files = package(tmp_path, 0, 999_000), package(tmp_path, 1, 5_000)
+    (tmp_path / "intel-rapl:0:0").mkdir()  # a part of package 0
+    monkeypatch.setattr(energy, "_POWERCAP", tmp_path)
+    used = itertools.count(1)
+
+    def run():
+        n = next(used)
+        files[0].write_text(str((999_000 + 3_000 * n) % 1_000_000))  # starts again at 0
+        files[1].write_text(str(5_000 + 1_000 * n))
+
+    assert energy.joules(run, torch.device("cpu"), 0.0) == pytest.approx(4_000e-6)
+    assert next(used) == 4
+
+
+def test_no_energy_without_counters_and_the_reason_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(energy, "_POWERCAP", tmp_path / "nothing")
+    with pytest.raises(energy.NoMeter, match="shows no RAPL counters"):
+        energy.meter(torch.device("cpu"))
+    package(tmp_path, 0, 0).write_text("not a number")
+    monkeypatch.setattr(energy, "_POWERCAP", tmp_path)
+    with pytest.raises(energy.NoMeter, match="RAPL counters cannot be read"):
+        energy.meter(torch.device("cpu"))
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    with pytest.raises(energy.NoMeter, match="nvidia-ml-py, which is not installed"):
+        energy.meter(torch.device("cuda"))
+
+
+def test_a_gpu_tells_its_energy_by_nvml(monkeypatch):
+    spent = itertools.count(1000, 500)
+    nvml = types.SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID={"GPU-1234": 7}.__getitem__,
+        nvmlDeviceGetTotalEnergyConsumption=lambda handle: next(spent) if handle == 7 else None,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="1234"))
+    read = energy.meter(torch.device("cuda"))
+    assert (read(), read()) == (1.5, 2.0)
+
+
+# The whole record
+
+
+@pytest.fixture(scope="module")
+def whole():
+    torch.manual_seed(0)
+    layer = dc.nn.MixtureOfDepths(dc.nn.TransformerBlock(32, 2), capacity=0.25)
+    return dc.measure.savings(layer.eval(), torch.randn(8, 16, 32), seconds=0.05)
+
+
+def test_a_record_holds_all_baselines_and_details(whole):
+    assert set(whole.flops) == set(whole.timings) == {"sparse", "masked", "dense", "naive", "smaller"}
+    assert whole.baseline == "dense"
+    assert whole.made["dense"] == "MixtureOfDepths replaced by dense modules"
+    assert whole.flops["smaller"] == pytest.approx(whole.flops["sparse"], rel=0.03)
+    assert whole.sweep.keep == (0.1, 0.25, 0.5, 0.75, 1.0)
+    assert whole.overhead == whole.sweep.overhead
+    assert whole.stages["computing"] > 0
+    assert 0 < whole.peak_bytes["sparse"] < whole.peak_bytes["dense"]
+    assert set(whole.batch_1) == {"sparse", "dense"}
+    assert whole.errors == []
+    assert whole.ceilings.gflops > whole.gflops > 0
+    assert set(whole.unavailable) <= {"joules"}
+
+
+def test_a_record_is_json_and_says_what_it_was_made_of(whole):
+    record = json.loads(json.dumps(whole.record(), allow_nan=False))
+    assert record["name"] == "MixtureOfDepths"
+    assert record["dtype"] == "float32"
+    assert record["phase"] == "forward"
+    assert record["against"]["smaller"] == whole.timings["smaller"].median / whole.timings["sparse"].median
+    assert record["sweep"]["keep"] == list(whole.sweep.keep)
+    assert set(record["stages"]) == {*STAGES, CALLING}
+
+
+def test_a_record_prints_what_stands_beside_the_ratios(whole):
+    text = str(whole)
+    for line in ("break-even: ", "time: ", "rate: ", "memory: sparse ", "one sample: sparse ", "the dense twin on "):
+        assert line in text
+
+
+def test_the_sweep_says_where_skipping_pays_and_what_it_costs_at_1():
+    sweep = Sweep((0.5, 1.0), (Timing((50,)), Timing((150,))), Timing((100,)))
+    assert sweep.break_even == pytest.approx(0.75)
+    assert sweep.overhead == pytest.approx(0.5)
+    saved = dataclasses.replace(saved_with((50,), (100,)), sweep=sweep)
+    assert "break-even: pays up to a share of 75%; +50% time where nothing is skipped" in str(saved)
+    slow = Sweep((0.5, 1.0), (Timing((110,)), Timing((150,))), Timing((100,)))
+    assert "break-even: slower at every share" in str(dataclasses.replace(saved, sweep=slow))
+
+
+def test_savings_of_a_mixture_of_depths_take_less_than_a_minute():
+    blocks = [dc.nn.MixtureOfDepths(dc.nn.TransformerBlock(64, 4), capacity=0.25) for _ in range(2)]
+    start = time.monotonic()
+    dc.measure.savings(nn.Sequential(*blocks).eval(), torch.randn(4, 64, 64), seconds=0.2)
+    assert time.monotonic() - start < 60
+
+
+def test_one_sample_alone_is_the_first_of_each_input():
+    seen = []
+
+    def module(x, y):
+        seen.append((x.shape[0], y.shape[0]))
+        return x + y[: len(x)]
+
+    saved = dc.measure.savings(module, torch.randn(4, 3), torch.randn(4, 3), **SHORT)
+    assert set(saved.batch_1) == {"sparse", "masked"}
+    assert (1, 1) in seen
+    one = dc.measure.savings(module, torch.randn(1, 3), torch.randn(1, 3), **SHORT)
+    assert one.unavailable["batch_1"] == "the batch is one sample already"
+
+
+def test_a_module_that_takes_no_single_sample_keeps_the_rest():
+    def module(x):
+        if len(x) == 1:
+            raise RuntimeError("more than 1 value per channel, please")
+        return x + 1
+
+    saved = dc.measure.savings(module, torch.randn(4, 3), **SHORT)
+    assert saved.unavailable["batch_1"] == "one sample alone fails: RuntimeError: more than 1 value per channel, please"
+    assert saved.errors == []
+
+
+def test_keyword_arguments_are_those_of_the_module():
+    saved = dc.measure.savings(lambda x, scale: x * scale, torch.randn(4), kwargs={"scale": 2.0}, **QUICK)
+    assert set(saved.timings) == {"sparse", "masked"}
+
+
+def test_chosen_baselines_alone_are_measured():
+    layer = dc.nn.Skip(nn.Linear(8, 8), lambda x: x[:, 0] > 0)
+    saved = dc.measure.savings(layer, torch.randn(16, 8), baselines=("dense",), **QUICK)
+    assert set(saved.timings) == {"sparse", "dense"}
+    with pytest.raises(ValueError, match=r"baselines: expected some of dense, .*, got \['fast'\]"):
+        dc.measure.savings(layer, torch.randn(16, 8), baselines=["fast"])
+
+
+# What looks dynamic, and bad input
+
+
+class Fake(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return x + (torch.arange(len(x)) % 4 == 0)[:, None] * self.f(x)
+
+
+def test_a_masked_layer_is_exposed():
+    saved = dc.measure.savings(nn.Sequential(Fake()), torch.randn(16, 16), **QUICK)
+    assert saved.flop_speedup == 1
+    assert saved.notes[0].startswith(
+        "0.f (Linear) computes every row, and a mask then makes 0 of 75% of them: its FLOP"
+    )
+    assert "speed-up is 1.0 and it saves nothing" in str(saved)
+
+
+def test_a_layer_that_skips_is_not_taken_for_a_masked_one():
+    saved = dc.measure.savings(dc.nn.Skip(nn.Linear(8, 8), lambda x: x[:, 0] > 0), torch.randn(16, 8), **QUICK)
+    assert saved.notes == []
+
+
+def test_a_module_without_a_dynamic_layer_is_measured_and_told():
+    saved = dc.measure.savings(nn.Sequential(nn.Linear(8, 8)), torch.randn(16, 8), **SHORT)
+    assert saved.notes == ["nothing in it is dynamic: it calls no op of dyncore, and there is nothing to skip"]
+    assert saved.flops == {"sparse": 16 * 2 * 64, "masked": 16 * 2 * 64}
+    assert set(saved.unavailable) >= {"dense", "naive", "smaller", "break_even"}
+    assert "dense   not measured: no layer of dyncore.nn in it to replace" in str(saved)
+
+
+class Failing(nn.Module):
+    def __init__(self, error, where="sparse"):
+        super().__init__()
+        self.error, self.where = error, where
+
+    def forward(self, x):
+        if mode() == self.where:
+            raise self.error
+        return x
+
+
+def test_a_module_that_fails_is_named():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(Failing(IndexError("no such row"))))
+    with pytest.raises(SavingsError, match=r"module: failed in 1\.0 \(Failing\): IndexError: no such row") as caught:
+        dc.measure.savings(model, torch.randn(4, 8), **QUICK)
+    assert isinstance(caught.value, ValueError)
+    assert caught.value.partial["errors"][0]["message"].endswith("IndexError: no such row")
+    assert isinstance(caught.value.__cause__, IndexError)
+
+
+def test_a_gpu_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    model = nn.Sequential(Failing(AssertionError("Torch not compiled with CUDA enabled")))
+    with pytest.raises(SavingsError, match=r"failed in 0 \(Failing\): .* \(it wants a GPU, and there is none here\)"):
+        dc.measure.savings(model, torch.randn(4, 8), **QUICK)
+
+
+def test_where_masked_execution_fails_the_dense_twin_stands():
+    model = nn.Sequential(
+        Failing(RuntimeError("no mask"), "masked"), dc.nn.Skip(nn.Linear(8, 8), lambda x: x[:, 0] > 0)
+    )
+    saved = dc.measure.savings(model, torch.randn(16, 8), dense=nn.Linear(8, 8), **QUICK)
+    assert saved.baseline == "dense"
+    assert saved.unavailable["masked"] == "masked execution failed in 0 (Failing): RuntimeError: no mask"
+    assert saved.errors[0]["variant"] == "masked"
+
+
+def test_without_any_baseline_there_is_nothing_to_report():
+    with pytest.raises(SavingsError, match=r"module: nothing to compare with: .*no mask"):
+        dc.measure.savings(Failing(RuntimeError("no mask"), "masked"), torch.randn(16, 8), **QUICK)
+
+
+def test_a_dense_twin_that_fails_is_named():
+    with pytest.raises(SavingsError, match=r"dense: failed in Linear: RuntimeError"):
+        dc.measure.savings(nn.Linear(8, 8), torch.randn(4, 8), dense=nn.Linear(9, 9), **QUICK)
+
+
+class Differing(nn.Module):
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        return self.change(x * self.weight) if mode() == "sparse" else x * self.weight
+
+
+def test_the_first_layer_that_differs_between_modes_is_named():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), Differing(lambda x: x + 1)), nn.Linear(8, 8))
+    text = r"module: output 0 differs between sparse and masked execution \(the first layer to differ: 1\.1 \(Differing\)\)"
+    with pytest.raises(SavingsError, match=text) as caught:
+        dc.measure.savings(model, torch.randn(4, 8), **QUICK)
+    assert caught.value.partial["flops"]["sparse"] == 4 * 3 * 2 * 64
+
+
+def test_what_differs_inside_of_a_dynamic_layer_is_named_by_it():
+    layer = dc.nn.Skip(nn.BatchNorm1d(8), lambda x: x[:, 0] > 0)
+    with pytest.raises(SavingsError, match=r"the first layer to differ: 1 \(Skip\)"):
+        dc.measure.savings(nn.Sequential(nn.Linear(8, 8), layer), torch.randn(32, 8), **QUICK)
+
+
+def test_a_shape_that_changes_between_modes_is_said():
+    with pytest.raises(SavingsError, match=r"output 0 differs .*Differing.* shape \[3, 8\], expected \[4, 8\]"):
+        dc.measure.savings(Differing(lambda x: x[:3]), torch.randn(4, 8), **QUICK)
+    with pytest.raises(SavingsError, match=r"module: 2 outputs, expected 1"):
+        dc.measure.savings(lambda x: (x, x) if mode() == "sparse" else x, torch.randn(4, 8), **QUICK)
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+def test_a_gradient_that_differs_is_named_by_its_parameter():
+    model = nn.Sequential(Differing(Doubled.apply))
+    with pytest.raises(SavingsError, match=r"gradient 0 of 0\.weight differs between sparse and masked execution"):
+        dc.measure.savings(model, torch.randn(4, 8), backward=True, **QUICK)
+
+
+@dataclasses.dataclass
+class Output:
+    hidden: torch.Tensor
+    more: tuple
+
+
+def test_outputs_of_any_kind_are_compared():
+    def module(x):
+        return Output(x, ({"y": x * (1.5 if mode() == "sparse" else 1)},))
+
+    assert len(tensors(module(torch.ones(2)))) == 2
+    with pytest.raises(SavingsError, match="module: output 1 differs"):
+        dc.measure.savings(module, torch.randn(4), **QUICK)
+
+
+def test_an_output_without_tensors_is_told():
+    saved = dc.measure.savings(lambda x: "done", torch.randn(4), **QUICK)
+    assert saved.notes[0] == "the module returns no tensors that are known of: its numbers are not compared"
