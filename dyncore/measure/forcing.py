@@ -85,11 +85,8 @@ class _Router(_Asked):
     """Of a layer with several modules: pairs of a row and a module at random."""
 
     def forward(self, x: Tensor) -> Choices:
-        result = self.gate(x)
-        first: Any = result
-        weight: Any = None
-        if not isinstance(result, Tensor):
-            first, weight = result
+        result: Any = self.gate(x)
+        first, weight = result if isinstance(result, tuple) else (result, None)
         by_group = first.dtype == torch.bool or first.is_floating_point()
         shape = first.shape if by_group else torch.Size((*first.shape, self.num_groups))
         if weight is not None and weight.shape != shape:
