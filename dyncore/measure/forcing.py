@@ -69,13 +69,18 @@ class _Asked(nn.Module):
         self.num_groups = num_groups
 
 
+def _parts(result: Any) -> tuple[Any, Any, Any]:
+    """The answer of a gate, as three."""
+    parts: list[Any] = [result] if isinstance(result, Tensor) else [*result]
+    first, second, third = [*parts, None, None][:3]
+    return first, second, third
+
+
 class _Gate(_Asked):
     """Of a layer that takes a mask, (mask, scale) or a Decision."""
 
     def forward(self, x: Tensor) -> Decision:
-        result = self.gate(x)
-        parts: tuple[Any, ...] = (result, None, None) if isinstance(result, Tensor) else (*result, None, None)
-        mask, scale, count = parts[:3]
+        mask, scale, count = _parts(self.gate(x))
         if count is None:
             return Decision(self.draw(mask.shape, mask.device), scale)
         return Decision(self.draw(mask.shape, mask.device, each=True), scale, round(self.draw.keep * mask.shape[-1]))
@@ -85,8 +90,7 @@ class _Router(_Asked):
     """Of a layer with several modules: pairs of a row and a module at random."""
 
     def forward(self, x: Tensor) -> Choices:
-        result: Any = self.gate(x)
-        first, weight = result if isinstance(result, tuple) else (result, None)
+        first, weight, _ = _parts(self.gate(x))
         by_group = first.dtype == torch.bool or first.is_floating_point()
         shape = first.shape if by_group else torch.Size((*first.shape, self.num_groups))
         if weight is not None and weight.shape != shape:
@@ -119,10 +123,9 @@ class _Criterion(_Asked):
         self.threshold = torch.tensor(0.0)
 
     def forward(self, logits: Tensor, state: Any) -> Any:
-        result = self.gate(logits, state)
-        confidence, state = result if isinstance(result, tuple) and len(result) == 2 else (result, state)
+        confidence, after, _ = _parts(self.gate(logits, state))
         leaves = self.draw(confidence.shape, confidence.device)
-        return torch.where(leaves, 1.0, -1.0).to(confidence.dtype), state
+        return torch.where(leaves, 1.0, -1.0).to(confidence.dtype), state if after is None else after
 
 
 def _leaving(keep: float, steps: int) -> float:

@@ -263,9 +263,10 @@ def test_ranks_of_references_are_not_drawn_and_an_answer_is_said(write):
 def test_savings_are_drawn(write):
     skip = Skip(nn.Linear(16, 16), lambda x: torch.arange(x.shape[0]) % 2 == 0)
     record = savings(skip, torch.randn(64, 16), seconds=0.01).record()
-    (point,) = read_document(write(record)).comparisons
+    point, *forced = read_document(write(record)).comparisons
     assert point.flop_speedup == 2.0
     assert point.speedup == pytest.approx(record["wall_clock_speedup"])
+    assert [other.keep for other in forced] == record["sweep"]["keep"]
 
 
 def test_the_results_of_this_repository_are_understood():
