@@ -7,6 +7,7 @@ says what a saved FLOP was worth.
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from dyncore.measure.calls import Call, Result, difference, failure, first_diffe
 from dyncore.measure.ceilings import Ceilings, ceilings
 from dyncore.measure.energy import NoMeter, joules
 from dyncore.measure.environment import timing_warnings
-from dyncore.measure.flops import flops
+from dyncore.measure.flops import Flops, flops
 from dyncore.measure.forcing import NotForced, forced
 from dyncore.measure.naive import PlainOps
 from dyncore.measure.row_masks import masked_layers
@@ -63,7 +64,7 @@ class _Measuring:
         self.calls: dict[str, Call] = {"sparse": call}
         self.compiled: bool = _compiled(call.module)
         self.fields: dict[str, Any] = {}
-        self.flops: dict[str, int] = {}
+        self.flops: dict[str, Flops] = {}
         self.made: dict[str, str] = {}
         self.unavailable: dict[str, str] = {}
         self.notes: list[str] = []
@@ -133,8 +134,12 @@ class _Measuring:
         self.flops["masked"] = self.count(call)
         self.made["masked"] = "everything computed, then multiplied by 0 or 1"
 
-    def count(self, call: Call) -> int:
-        return seeded(flops, call)
+    def count(self, call: Call) -> Flops:
+        def run(_: object) -> Result:
+            return call()
+
+        # as a method of the module, so that its layers are named
+        return seeded(flops, types.MethodType(run, call.module) if isinstance(call.module, nn.Module) else call)
 
     def dense(self) -> None:
         if self.compiled:
@@ -283,13 +288,14 @@ class _Measuring:
             if self.call.device.type == "cuda":
                 self.fields["host_syncs"] = on_gpu.host_syncs(self.call)
         return Savings(
-            self.flops,
+            dict(self.flops),
             timings,
             self.baseline,
             about=self.about(),
             made=self.made,
             unavailable=self.unavailable,
             notes=self.notes,
+            uncounted=self.flops["sparse"].uncounted,
             warnings=self.warnings,
             errors=self.errors,
             **self.fields,

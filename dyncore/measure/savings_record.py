@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dyncore.measure.ceilings import Ceilings
+from dyncore.measure.flops import Flops
 from dyncore.measure.timing import Timing, ratio_interval
 
 _NOISY = 0.05  # half the width of the interval of SE, over SE, from which on a record calls itself noisy
@@ -93,7 +94,7 @@ class Savings:
 
     Attributes:
         flops, timings: by name: "sparse", and of the baselines "masked", "dense", "naive", "smaller" those that could
-            be made.
+            be made. FLOPs are ints, of `savings` such as `flops` gives: with `by_module`.
         baseline: what the ratios are against: "dense" where there is one, else "masked".
         about: the module's class, its dtype, device, phase ("forward" or "forward+backward") and threads.
         made: baseline -> how it was made. unavailable: what was not measured -> why.
@@ -192,10 +193,12 @@ class Savings:
     def record(self) -> dict[str, Any]:
         """As a plain dict, raw samples included: the schema of docs/measuring.md."""
         interval = self.interval
+        layered = {name: count for name, count in self.flops.items() if isinstance(count, Flops)}
         return {
             **self.about,
             "baseline": self.baseline,
             "flops": {name: int(count) for name, count in self.flops.items()},
+            "by_module": {name: {n: k for n, k in c.by_module.items() if n and k} for name, c in layered.items()},
             "timings": {name: timing.record() for name, timing in self.timings.items()},
             "flop_speedup": self.flop_speedup if self.flops["sparse"] else None,
             "wall_clock_speedup": self.wall_clock_speedup,

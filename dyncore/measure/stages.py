@@ -18,10 +18,11 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from dyncore.measure.calls import Call, hooked, seeded
+from dyncore.measure.flops_formulas import formula_of, is_light
 from dyncore.nn.base import DynamicLayer
 
 STAGES = ("deciding", "compacting", "gathering", "computing", "scattering")
@@ -58,11 +59,20 @@ class _Frame:
 
 
 def _name(func: Any) -> str:
-    return func._schema.name
+    return f"higher_order::{func.name()}" if isinstance(func, HigherOrderOperator) else func._schema.name
+
+
+def _multiplies(func: Any) -> bool:
+    """Whether an op computes, rather than moves or compares."""
+    if isinstance(func, HigherOrderOperator):
+        return True
+    return formula_of(func._overloadpacket) is not None or not is_light(_name(func))
 
 
 class _Watch(TorchDispatchMode):
     """Times ops, adds up bytes, follows the storages that are alive."""
+
+    supports_higher_order_operators = True
 
     def __init__(self, cuda: bool) -> None:
         super().__init__()
@@ -105,7 +115,7 @@ class _Watch(TorchDispatchMode):
         if own and name.startswith(("gather_rows", "scatter_rows")):
             frame.computed = frame.computed or name.startswith("scatter")
             return "gathering" if name.startswith("gather") else "scattering"
-        if own or frame.role != "dynamic" or func._overloadpacket in flop_registry:
+        if own or frame.role != "dynamic" or _multiplies(func):
             frame.computed = frame.computed or frame.planned
             return "computing"
         if not frame.planned:
@@ -155,6 +165,8 @@ def _size(t: Any) -> int:
 
 def _moved(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     """Bytes that one op reads and writes."""
+    if isinstance(func, HigherOrderOperator):
+        return sum(map(_size, pytree.tree_leaves((args, kwargs, out))))
     schema = func._schema
     if any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns):
         return 0  # a view

@@ -253,6 +253,7 @@ def test_a_record_is_json_and_says_what_it_was_made_of(whole):
     assert record["name"] == "MixtureOfDepths"
     assert record["dtype"] == "float32"
     assert record["phase"] == "forward"
+    assert record["by_module"]["sparse"]["block"] == record["flops"]["sparse"] - 2 * 8 * 16 * 32  # of the router
     assert record["against"]["smaller"] == whole.timings["smaller"].median / whole.timings["sparse"].median
     assert record["sweep"]["keep"] == list(whole.sweep.keep)
     assert set(record["stages"]) == {*STAGES, CALLING}
@@ -460,6 +461,18 @@ def test_outputs_of_any_kind_are_compared():
     assert len(tensors(module(torch.ones(2)))) == 2
     with pytest.raises(SavingsError, match="module: output 1 differs"):
         dc.measure.savings(module, torch.randn(4), **QUICK)
+
+
+@torch.library.custom_op("dyncore_tests_savings::twice", mutates_args=())
+def twice(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+def test_an_op_that_nobody_can_count_is_told():
+    saved = dc.measure.savings(twice, torch.randn(4, 4), **SHORT)
+    assert saved.uncounted == {"dyncore_tests_savings::twice": 1}
+    assert "uncounted: dyncore_tests_savings::twice (1x): FLOPs not known" in str(saved)
+    assert saved.stages["computing"] > 0
 
 
 def test_an_output_without_tensors_is_told():
