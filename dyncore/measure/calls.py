@@ -43,6 +43,20 @@ def seeded(fn: Callable[..., Any], *args: Any) -> Any:
         return fn(*args)
 
 
+@contextmanager
+def preserved(module: object) -> Generator[None]:
+    """Gives a module's buffers back the values that forwards change, such as the statistics of a BatchNorm."""
+    buffers = list(module.buffers()) if isinstance(module, nn.Module) else []
+    before = [(b, b.clone()) for b in buffers if not b.is_inference()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
 class Result(NamedTuple):
     """The tensors that a call returned, and the gradients of its parameters and inputs."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +17,18 @@ from torch import nn
 
 from dyncore.measure import baselines as rivals
 from dyncore.measure import on_gpu
-from dyncore.measure.calls import Call, Result, difference, failure, first_difference, seeded, tensors, title, told
+from dyncore.measure.calls import (
+    Call,
+    Result,
+    difference,
+    failure,
+    first_difference,
+    preserved,
+    seeded,
+    tensors,
+    title,
+    told,
+)
 from dyncore.measure.ceilings import Ceilings, ceilings
 from dyncore.measure.energy import NoMeter, joules
 from dyncore.measure.environment import timing_warnings
@@ -113,6 +125,14 @@ class _Measuring:
         if "masked" not in self.names and "dense" in self.calls:  # it was there for its numbers alone
             for kept in (self.calls, self.flops, self.made):
                 kept.pop("masked", None)
+
+    def given(self, dense: Callable[..., Any]) -> None:
+        call = self.call.of(dense, "auto")
+        try:
+            self.flops["dense"] = self.count(call)
+        except Exception as error:
+            raise self.refuse(f"dense: {failure(call, error)}", error) from error
+        self.calls["dense"], self.made["dense"] = call, "as given"
 
     def masked(self, sparse: Result, tolerance: float | None) -> None:
         call = dataclasses.replace(self.call, mode="masked")
@@ -362,16 +382,14 @@ def savings(
         raise ValueError(f"baselines: expected some of {', '.join(BASELINES)}, got {baselines!r}")
     call = Call(module, inputs, dict(kwargs or {}), "sparse", backward)
     measuring = _Measuring(call, baselines, seconds, min_rounds)
-    if dense is not None:
-        given = call.of(dense, "auto")
-        try:
-            seeded(given)
-        except Exception as error:
-            raise measuring.refuse(f"dense: {failure(given, error)}", error) from error
-        measuring.calls["dense"], measuring.made["dense"] = given, "as given"
-    measuring.check(tolerance)
-    if dense is not None:
-        measuring.flops["dense"] = measuring.count(measuring.calls["dense"])
-    if measuring.baseline not in measuring.calls:
-        raise measuring.refuse(f"module: nothing to compare with: {measuring.unavailable}")
-    return measuring.run(details)
+    device = call.device
+    with ExitStack() as stack:
+        stack.enter_context(preserved(module))
+        stack.enter_context(preserved(dense))
+        stack.enter_context(torch.cuda.device(device) if device.type == "cuda" else nullcontext())
+        if dense is not None:
+            measuring.given(dense)
+        measuring.check(tolerance)
+        if measuring.baseline not in measuring.calls:
+            raise measuring.refuse(f"module: nothing to compare with: {measuring.unavailable}")
+        return measuring.run(details)

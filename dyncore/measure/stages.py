@@ -13,7 +13,7 @@ import time
 import weakref
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
@@ -29,6 +29,8 @@ STAGES = ("deciding", "compacting", "gathering", "computing", "scattering")
 CALLING = "calling"  # the time between the ops: Python, and PyTorch's way to an op
 _GATES = ("gate", "router", "policy", "predictor", "criterion", "halt", "score", "coarse")  # children that decide
 _GATHERS = ("index_select", "index", "gather")
+_WEIGHTS = ("weight", "w_in", "w_out", "b_in", "b_out", "in_panels", "out_panels")
+_AHEAD = 100_000_000  # cycles that a CUDA device sleeps first, some 50 ms, in which the host queues the call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +83,10 @@ class _Watch(TorchDispatchMode):
         self.bytes = self.alive = self.peak = self.ops = 0
         self._cuda = cuda
         self._events: list[tuple[str, Any, Any]] = []
+        self._grouped: list[_Grouped] = []
         self._storages: dict[int, Any] = {}
+        if cuda:
+            torch.cuda._sleep(_AHEAD)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -96,7 +101,10 @@ class _Watch(TorchDispatchMode):
             before = time.perf_counter_ns()
             out = func(*args, **kwargs)
             self.ns[stage] += time.perf_counter_ns() - before
-        self.bytes += _moved(func, args, kwargs, out)
+        moved, grouped = _moved(func, args, kwargs, out)
+        self.bytes += moved
+        if grouped is not None:
+            self._grouped.append(grouped)
         for t in pytree.tree_leaves(out):
             if isinstance(t, Tensor):
                 self._follow(t)
@@ -147,12 +155,13 @@ class _Watch(TorchDispatchMode):
         self.peak = self.alive
 
     def finish(self) -> dict[str, int]:
-        """Nanoseconds of each stage."""
+        """Nanoseconds of each stage; what was left to ask the device for is asked."""
         if self._events:
             torch.cuda.synchronize()
         for stage, start, end in self._events:
             self.ns[stage] += int(start.elapsed_time(end) * 1e6)
-        self._events = []
+        self.bytes += sum(grouped.bytes() for grouped in self._grouped)
+        self._events, self._grouped = [], []
         return self.ns
 
 
@@ -163,29 +172,37 @@ def _size(t: Any) -> int:
     return min(t.numel() * t.element_size(), t.untyped_storage().nbytes())
 
 
-def _moved(func: Any, args: Any, kwargs: Any, out: Any) -> int:
-    """Bytes that one op reads and writes."""
+class _Grouped(NamedTuple):
+    """What an op on a plan reads of its weights and rows: the groups that have slots, and a row for each slot."""
+
+    offsets: Tensor
+    weights: int
+    rows: int
+    row: int
+
+    def bytes(self) -> int:
+        used = float((self.offsets[1:] != self.offsets[:-1]).double().mean())
+        return int(used * self.weights) + min(self.rows, int(self.offsets[-1])) * self.row
+
+
+def _moved(func: Any, args: Any, kwargs: Any, out: Any) -> tuple[int, _Grouped | None]:
+    """Bytes that one op reads and writes, and those that its plan decides."""
     if isinstance(func, HigherOrderOperator):
-        return sum(map(_size, pytree.tree_leaves((args, kwargs, out))))
+        return sum(map(_size, pytree.tree_leaves((args, kwargs, out)))), None
     schema = func._schema
     if any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns):
-        return 0  # a view
-    results = sum(map(_size, pytree.tree_leaves(out)))
+        return 0, None  # a view
     name = schema.name.partition("::")[2]
     if "empty" in name:
-        return 0
+        return 0, None
     given = {**dict(zip((a.name for a in schema.arguments), args, strict=False)), **kwargs}
-    offsets = given.get("offsets")
+    offsets, grouped = given.get("offsets"), None
     if schema.name.startswith("dyncore::") and isinstance(offsets, Tensor) and not name.endswith("_backward"):
-        used = float((offsets[1:] != offsets[:-1]).double().mean())
-        slots = int(offsets[-1])
-        for key in ("weight", "w_in", "w_out", "b_in", "b_out", "in_panels", "out_panels"):
-            if isinstance(given.get(key), Tensor):
-                results += int(used * _size(given.pop(key)))
+        weights = sum(_size(given.pop(key, None)) for key in _WEIGHTS)
         x = given.pop("x", None)
-        if isinstance(x, Tensor) and x.dim() == 2:
-            results += min(x.shape[0], slots) * x.shape[1] * x.element_size()
-    return results + sum(map(_size, pytree.tree_leaves(list(given.values()))))
+        rows, row = (x.shape[0], x.shape[-1] * x.element_size()) if isinstance(x, Tensor) else (0, 0)
+        grouped = _Grouped(offsets, weights, rows, row)
+    return sum(map(_size, pytree.tree_leaves((list(given.values()), out)))), grouped
 
 
 @contextmanager

@@ -307,6 +307,13 @@ def test_a_module_that_takes_no_single_sample_keeps_the_rest():
     assert saved.errors == []
 
 
+def test_buffers_that_forwards_change_are_given_back():
+    norm = nn.BatchNorm1d(8)
+    dc.measure.savings(norm, torch.randn(16, 8), dense=norm, **QUICK)
+    assert int(norm.num_batches_tracked) == 0
+    assert norm.running_mean.count_nonzero() == 0
+
+
 def test_keyword_arguments_are_those_of_the_module():
     saved = dc.measure.savings(lambda x, scale: x * scale, torch.randn(4), kwargs={"scale": 2.0}, **QUICK)
     assert set(saved.timings) == {"sparse", "masked"}
