@@ -20,6 +20,7 @@ PAGES = (
     "docs/experts.md",
     "docs/gates_and_policies.md",
     "docs/halting.md",
+    "docs/measuring.md",
     "docs/nested_width.md",
     "docs/quickstart.ipynb",
     "docs/relu_sparsity.md",

@@ -17,7 +17,7 @@ from dyncore.measure.savings import (
     savings,
     scaling_efficiency,
 )
-from dyncore.measure.savings_record import Sweep
+from dyncore.measure.savings_record import GateSweep
 from dyncore.measure.sparsity_report import ActivationSparsity
 from dyncore.measure.sparsity_statistics import LayerSparsity
 from dyncore.measure.sweeps import ForcedGate, sweep
@@ -29,12 +29,12 @@ __all__ = [
     "Exits",
     "Flops",
     "ForcedGate",
+    "GateSweep",
     "Interleaved",
     "LayerSparsity",
     "Ranking",
     "Savings",
     "SavingsError",
-    "Sweep",
     "Timing",
     "activation_sparsity",
     "break_even",

@@ -37,9 +37,9 @@ from dyncore.measure.forcing import NotForced, forced
 from dyncore.measure.naive import PlainOps
 from dyncore.measure.row_masks import masked_layers
 from dyncore.measure.savings_record import (
+    GateSweep,
     Savings,
     SavingsError,
-    Sweep,
     break_even,
     realised_saving,
     scaling_efficiency,
@@ -119,9 +119,11 @@ class _Measuring:
                     self.flops[name] = self.count(self.calls[name])
                 except rivals.NoBaseline as error:
                     self.unavailable[name] = str(error)
-                    self.calls.pop(name, None)
                 except Exception as error:
-                    self.unavailable[name] = f"it {failure(self.calls.pop(name, self.call), error)}"
+                    self.unavailable[name] = f"it {failure(self.calls.get(name, self.call), error)}"
+                if name in self.unavailable:
+                    self.calls.pop(name, None)
+                    self.made.pop(name, None)
         if "masked" not in self.names and "dense" in self.calls:  # it was there for its numbers alone
             for kept in (self.calls, self.flops, self.made):
                 kept.pop("masked", None)
@@ -220,7 +222,9 @@ class _Measuring:
         times = timer(calls, self.call.device)
         rounds = min(self.min_rounds, 5)
         found = times.run(seconds=self.seconds / 2, min_rounds=rounds, max_rounds=300, limit=5 * self.seconds)
-        self.fields["sweep"] = Sweep(tuple(shares.values()), tuple(found[name] for name in shares), found["baseline"])
+        self.fields["sweep"] = GateSweep(
+            tuple(shares.values()), tuple(found[name] for name in shares), found["baseline"]
+        )
 
     def stages(self, median: float) -> None:
         found = profile(self.call, median)
@@ -291,22 +295,11 @@ class _Measuring:
     def run(self, details: bool) -> Savings:
         timings = self.time()
         self.attempt("masks", self.masks)
-        if details:
-            try:
-                self.sweep()
-            except NotForced as error:
-                self.unavailable["break_even"] = str(error)
-            except Exception as error:
-                self.unavailable["break_even"] = f"with gates forced open at random it fails: {told(error)}"
-            self.attempt("stages", lambda: self.stages(timings["sparse"].median))
-            self.attempt("ceilings", self.ceilings)
-            self.attempt("batch_1", self.batch_1)
-            try:
-                self.energy()
-            except NoMeter as error:
-                self.unavailable["joules"] = str(error)
-            if self.call.device.type == "cuda":
-                self.fields["host_syncs"] = on_gpu.host_syncs(self.call)
+        try:
+            if details:
+                self.details(timings["sparse"].median)
+        except KeyboardInterrupt:
+            self.warnings.append("interrupted: what is missing here was not measured")
         return Savings(
             dict(self.flops),
             timings,
@@ -320,6 +313,27 @@ class _Measuring:
             errors=self.errors,
             **self.fields,
         )
+
+    def details(self, median: float) -> None:
+        """What stands beside the ratios."""
+        try:
+            self.sweep()
+        except NotForced as error:
+            self.unavailable["break_even"] = str(error)
+        except Exception as error:
+            self.unavailable["break_even"] = f"with gates forced open at random it fails: {told(error)}"
+        self.attempt("stages", lambda: self.stages(median))
+        self.attempt("ceilings", self.ceilings)
+        self.attempt("batch_1", self.batch_1)
+        try:
+            self.energy()
+        except NoMeter as error:
+            self.unavailable["joules"] = str(error)
+        if self.call.device.type == "cuda":
+            self.attempt("host_syncs", self.host_syncs)
+
+    def host_syncs(self) -> None:
+        self.fields["host_syncs"] = on_gpu.host_syncs(self.call)
 
     def about(self) -> dict[str, Any]:
         module = self.call.module

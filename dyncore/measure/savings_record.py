@@ -57,7 +57,7 @@ class SavingsError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Sweep:
+class GateSweep:
     """A module whose gates are forced open at random, timed over the share that they let through.
 
     Attributes:
@@ -116,7 +116,7 @@ class Savings:
     about: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     made: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
     unavailable: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
-    sweep: Sweep | None = None
+    sweep: GateSweep | None = None
     stages: dict[str, float] = dataclasses.field(default_factory=dict[str, float])
     bytes: int | None = None
     ceilings: Ceilings | None = None

@@ -14,7 +14,7 @@ from torch import nn
 
 import dyncore as dc
 from dyncore.execution import mode
-from dyncore.measure import Savings, SavingsError, Sweep, Timing, energy, on_gpu
+from dyncore.measure import GateSweep, Savings, SavingsError, Timing, energy, on_gpu
 from dyncore.measure.calls import Call, tensors
 from dyncore.measure.ceilings import ceilings
 from dyncore.measure.stages import CALLING, STAGES, profile
@@ -266,12 +266,12 @@ def test_a_record_prints_what_stands_beside_the_ratios(whole):
 
 
 def test_the_sweep_says_where_skipping_pays_and_what_it_costs_at_1():
-    sweep = Sweep((0.5, 1.0), (Timing((50,)), Timing((150,))), Timing((100,)))
+    sweep = GateSweep((0.5, 1.0), (Timing((50,)), Timing((150,))), Timing((100,)))
     assert sweep.break_even == pytest.approx(0.75)
     assert sweep.overhead == pytest.approx(0.5)
     saved = dataclasses.replace(saved_with((50,), (100,)), sweep=sweep)
     assert "break-even: pays up to a share of 75%; +50% time where nothing is skipped" in str(saved)
-    slow = Sweep((0.5, 1.0), (Timing((110,)), Timing((150,))), Timing((100,)))
+    slow = GateSweep((0.5, 1.0), (Timing((110,)), Timing((150,))), Timing((100,)))
     assert "break-even: slower at every share" in str(dataclasses.replace(saved, sweep=slow))
 
 
@@ -294,6 +294,17 @@ def test_one_sample_alone_is_the_first_of_each_input():
     assert (1, 1) in seen
     one = dc.measure.savings(module, torch.randn(1, 3), torch.randn(1, 3), **SHORT)
     assert one.unavailable["batch_1"] == "the batch is one sample already"
+
+
+def test_what_was_measured_before_an_interrupt_stands(monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dyncore.measure.savings.profile", interrupt)
+    saved = dc.measure.savings(dc.nn.Skip(nn.Linear(8, 8), lambda x: x[:, 0] > 0), torch.randn(16, 8), **SHORT)
+    assert saved.sweep is not None
+    assert saved.stages == {}
+    assert saved.warnings[-1] == "interrupted: what is missing here was not measured"
 
 
 def test_a_module_that_takes_no_single_sample_keeps_the_rest():
