@@ -24,6 +24,7 @@ from dyncore.nn.halting import AdaptiveDepth
 from dyncore.nn.moe import MoE
 from dyncore.nn.policy_skip import PolicySkip
 from dyncore.nn.skip import Skip
+from dyncore.nn.sparse_mlp import SparseLinear, SparseMLP
 from dyncore.nn.token_drop import TokenDrop, TokenMerge
 from dyncore.nn.tokens import MixtureOfDepths, TokenSkip
 
@@ -240,6 +241,8 @@ def forced(module: nn.Module, keep: float) -> tuple[nn.Module, float]:
     """
     twin = sharing(module)
     shares = [force(layer, keep) for layer in twin.modules() if isinstance(layer, DynamicLayer)]
+    if not shares and any(isinstance(layer, (SparseLinear, SparseMLP)) for layer in twin.modules()):
+        raise NotForced("the zeros of a ReLU come with the data, and cannot be forced")
     if not shares:
         raise NotForced("no layer of dyncore.nn decides anything in it")
     return twin, sum(shares) / len(shares)

@@ -175,12 +175,12 @@ class _Measuring:
         call = dataclasses.replace(self.call, around=plain)
         result: Result = seeded(dataclasses.replace(call, around=plain.counting))
         if not plain.used:
-            raise rivals.NoBaseline("the module calls no op of dyncore that has a plain form")
+            raise rivals.NoBaseline("the module calls no op of dyncore that plain PyTorch would do in another way")
         why = difference(result, sparse, loose=True)
         if why:
             raise rivals.NoBaseline(f"the ops in plain PyTorch give other numbers: {why}")
         self.calls["naive"] = call
-        self.made["naive"] = "the same skipping by index_select, loops over groups, index_add"
+        self.made["naive"] = "the same skipping in plain PyTorch: index_select, loops over groups, index_add"
 
     def smaller(self) -> None:
         twin = self.calls.get("dense")

@@ -229,7 +229,7 @@ class Savings:
 
     def __str__(self) -> str:
         lines = [
-            f"{name:7} {self.flops[name] / 1e9:10.4f} GFLOP {timing.median * 1e3:10.3f} ms ±{timing.spread:.0%}"
+            f"{name:7} {_shown(self.flops[name])} {timing.median * 1e3:10.3f} ms ±{timing.spread:.0%}"
             + (f"  {self.made[name]}" if name in self.made else "")
             for name, timing in self.timings.items()
         ]
@@ -273,6 +273,10 @@ class Savings:
         lines += [f"{name}: not measured: {why}" for name, why in self.unavailable.items() if name not in _BASELINES]
         lines += [sentence for sentence in (self.noise, *self.warnings, *self.notes) if sentence]
         return lines + [f"failed: {e['point']}: {e['message']}" for e in self.errors]
+
+
+def _shown(flops: int) -> str:
+    return f"{flops / 1e9:10.4f} GFLOP" if flops >= 1e8 or not flops else f"{flops / 1e6:10.4f} MFLOP"
 
 
 _BASELINES = ("masked", "dense", "naive", "smaller")
