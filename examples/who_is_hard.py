@@ -206,7 +206,13 @@ class Trained:
         low, high = self.shares.quantile(torch.tensor([0.1, 0.9], dtype=torch.float64)).tolist()
         fields = {"method": self.method, "seed": self.seed, "accuracy": self.accuracy, "dense_accuracy": self.dense}
         spread = {"share": float(self.shares.mean()), "share_p10": low, "share_p90": high}
-        return {**fields, "threshold": self.threshold, **spread, "distinct": len(self.shares.unique())}
+        return {
+            **fields,
+            "threshold": self.threshold,
+            **spread,
+            "distinct": len(self.shares.unique()),
+            "shares": [round(s, 5) for s in self.shares.tolist()],
+        }
 
 
 def one_seed(seed: int, data: Split, scale: Scale) -> tuple[list[Trained], Tensor]:
@@ -250,7 +256,7 @@ def models_table(models: Sequence[Trained]) -> str:
     lines = [f"{'':16}{'accuracy':>10}{'dense':>8}{'FLOPs':>8}{'of 80% of the images':>22}{'distinct':>10}"]
     for name in METHODS:
         records = [m.record() for m in models if m.method == name]
-        mean = {k: sum(r[k] for r in records) / len(records) for k in records[0] if k != "method"}
+        mean = {k: sum(r[k] for r in records) / len(records) for k in records[0] if k not in ("method", "shares")}
         between = f"{mean['share_p10']:.0%} .. {mean['share_p90']:.0%}"
         lines.append(
             f"{name:16}{mean['accuracy']:10.1%}{mean['dense_accuracy']:8.1%}{mean['share']:8.0%}{between:>22}"
@@ -265,40 +271,50 @@ def auc(cost: Tensor, chosen: Tensor) -> float:
     return float(((a > b).double() + (a == b).double() / 2).mean())
 
 
-def answer(found: Ranking, wrong: Tensor) -> list[str]:
+def explained(values: Tensor, classes: Tensor) -> float:
+    """The share of the variance of values [N] that lies between classes [N]."""
+    means = torch.stack([values[classes == c].mean() for c in classes])
+    return float(means.var(unbiased=False) / values.var(unbiased=False))
+
+
+def answer(found: Ranking, wrong: Tensor, classes: Tensor) -> list[str]:
     """Sentences that answer the question, from the figures alone. `wrong` [N]: some dense network errs there."""
-    count = len(METHODS)
-    pairs = [(a, b) for a in range(count) for b in range(a + 1, count)]
-    if any(math.isnan(found.corrected[p]) for p in pairs):
-        return ["Do they rank the images alike? That cannot be said: some method ranks them differently by each seed."]
+    names = found.methods[: len(METHODS)]
+    repeatable = [i for i in range(len(names)) if bool(found.repeatable[i])]
+    pairs = [(a, b) for a in repeatable for b in repeatable if a < b]
+    question = "Do they rank the images alike?"
+    if not pairs:
+        return [f"{question} That cannot be said: the seeds of most methods do not agree among themselves."]
 
     def mean(matrix: Tensor) -> float:
         return sum(float(matrix[p]) for p in pairs) / len(pairs)
 
     def named(pair: tuple[int, int]) -> str:
-        return f"{found.methods[pair[0]]} and {found.methods[pair[1]]}"
+        return f"{names[pair[0]]} and {names[pair[1]]} ({found.tau[pair]:.2f}, {found.corrected[pair]:.0%})"
+
+    def each(value: Callable[[int], str]) -> str:
+        return ", ".join(f"{name} {value(i)}" for i, name in enumerate(names))
 
     share = mean(found.corrected)
     verdict = next(words for least, words in VERDICTS if share >= least)
-    by_tau = sorted(pairs, key=lambda p: float(found.tau[p]))
-    agreeing = sum(float(found.p_value[p]) <= 0.05 and float(found.tau[p]) > 0 for p in pairs)
-    own = found.tau.diagonal()[:count]
-    left = mean(found.given("dense doubt"))
+    by_share = sorted(pairs, key=lambda p: float(found.corrected[p]))
+    own = sum(float(found.tau[i, i]) for i in repeatable) / len(repeatable)
     doubt = found.methods.index("dense doubt")
-    explained = ", ".join(f"{m} {float(found.tau[i, doubt]):.2f}" for i, m in enumerate(found.methods[:count]))
-    dearer = ", ".join(f"{m} {auc(found.mean_ranks[i], wrong):.0%}" for i, m in enumerate(found.methods[:count]))
+    drawn = [name for i, name in enumerate(names) if i not in repeatable]
     return [
-        f"Do they rank the images alike? {verdict}: tau-b between two methods is "
-        f"{mean(found.tau):.2f} on average ({agreeing} of {len(pairs)} pairs above chance at p <= 0.05), between two "
-        f"seeds of one method {float(own.mean()):.2f}: {share:.0%} of what the seeds allow.",
-        f"Most alike: {named(by_tau[-1])} ({found.tau[by_tau[-1]]:.2f}); least: {named(by_tau[0])} "
-        f"({found.tau[by_tau[0]]:.2f}).",
+        f"{question} {verdict}: tau-b between two methods is {mean(found.tau):.2f} on average, between two seeds of "
+        f"one {own:.2f}; two methods agree as well as {share:.0%} of what their seeds allow.",
+        *([f"Left out, as their own seeds do not agree: {', '.join(drawn)}."] if drawn else []),
+        f"Most alike: {named(by_share[-1])}; least: {named(by_share[0])}.",
         f"Of the {found.q:.0%} of the images that cost one method most, {mean(found.overlap):.0%} are among those of "
         f"another (by chance {found.q:.0%}).",
-        f"How unsure the dense network is ranks them with tau-b {explained}. Held fixed, it leaves {left:.2f} of the "
-        f"mean correlation {mean(torch.corrcoef(found.mean_ranks)):.2f} of two methods' mean ranks.",
-        f"An image that some dense network gets wrong costs more than one that all get right in so many pairs: "
-        f"{dearer} (by chance 50%).",
+        f"How unsure the dense network is ranks them with tau-b {each(lambda i: f'{float(found.tau[i, doubt]):.2f}')} "
+        f"(its own seeds {float(found.tau[doubt, doubt]):.2f}). Held fixed, a mean correlation of two methods' mean "
+        f"ranks of {mean(torch.corrcoef(found.mean_ranks)):.2f} becomes {mean(found.given('dense doubt')):.2f}.",
+        "An image that some dense network gets wrong costs more than one that all get right in so many pairs: "
+        f"{each(lambda i: f'{auc(found.mean_ranks[i], wrong):.0%}')} (by chance 50%).",
+        "Which digit it shows explains so much of the variance of an image's mean rank: "
+        f"{each(lambda i: f'{explained(found.mean_ranks[i], classes):.0%}')}.",
     ]
 
 
@@ -320,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     others = references(torch.stack([logits for _, logits in by_seed]), data.test)
     spent = {name: torch.stack([m.shares for m in models if m.method == name]) for name in METHODS}
     found = dc.measure.ranking(spent, references=others, shared_seeds=True)
-    said = answer(found, others["dense errors"].amax(0) > 0)
+    said = answer(found, others["dense errors"].amax(0) > 0, data.test[1])
     print("", models_table(models), str(found), *said, sep="\n\n")
     images, labels = data.test[0], data.test[1].tolist()
     document = found.record(images, labels)

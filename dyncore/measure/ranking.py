@@ -70,8 +70,15 @@ class Ranking:
     @property
     def corrected(self) -> Tensor:
         """float64 [M, M]: tau over the geometric mean of both noise ceilings: 1 where two methods agree as well as
-        their own seeds allow. NaN without seeds, and where a ceiling is not above 0."""
-        return statistics.corrected(self.tau)
+        their own seeds allow. NaN without seeds, and for a method that is not `repeatable`."""
+        return statistics.corrected(self.tau, self.repeatable)
+
+    @property
+    def repeatable(self) -> Tensor:
+        """bool [M]: whether a method's own seeds agree, so that it has a ranking which is not that of a seed: its noise
+        ceiling is above 0, by the interval where there is one."""
+        limits = self.intervals.get("tau")
+        return (self.tau if limits is None else limits[0]).diagonal() > 0
 
     def given(self, reference: str) -> Tensor:
         """float64 [M, M]: Spearman's correlation of mean ranks that is left when that with a method or reference is
@@ -112,6 +119,7 @@ class Ranking:
             "q": self.q,
             **{name: _numbers(getattr(self, name)) for name in _MATRICES},
             "intervals": {name: _numbers(limits) for name, limits in self.intervals.items()},
+            "repeatable": self.repeatable.tolist(),
             "mean_ranks": [[round(v, 4) for v in row] for row in self.mean_ranks[:, ::step].tolist()],
         }
         if images is not None:

@@ -126,10 +126,12 @@ def overlap(rows: Tensor, q: float) -> Tensor:
     return _gram(in_top(rows, count)) / count
 
 
-def corrected(tau: Tensor) -> Tensor:
-    """tau [..., M, M] over the geometric mean of both noise ceilings, its diagonal; NaN where one is not above 0."""
+def corrected(tau: Tensor, repeatable: Tensor | None = None) -> Tensor:
+    """tau [..., M, M] over the geometric mean of both noise ceilings, its diagonal; NaN where one is not above 0, or is
+    of a method that is not `repeatable` (bool [M])."""
     ceiling = tau.diagonal(dim1=-2, dim2=-1)
-    ceiling = torch.where(ceiling > 0, ceiling, math.nan)
+    above = ceiling > 0 if repeatable is None else (ceiling > 0) & repeatable
+    ceiling = torch.where(above, ceiling, math.nan)
     return tau / (ceiling[..., :, None] * ceiling[..., None, :]).sqrt()
 
 
@@ -137,7 +139,8 @@ def permutation_test(rows: Tensor, pairs: Pairs, permutations: int, seed: int) -
     """Two-sided p-values [M, M] of the mean rho over pairs of seeds, against examples in random order. With seeds that
     are shared `pairs` has to be one-way."""
     unit = centred(ranks(rows))
-    found = pairs.mean(_gram(unit)).abs()
+    signed = pairs.mean(_gram(unit))
+    found = signed.abs()
     if not permutations:
         return torch.full_like(found, math.nan)
     generator = torch.Generator().manual_seed(seed)
@@ -145,7 +148,8 @@ def permutation_test(rows: Tensor, pairs: Pairs, permutations: int, seed: int) -
     by_chance = pairs.mean(torch.stack([unit @ unit[:, order].t() for order in orders])).abs()
     reached = 1 + (by_chance >= found - 1e-12).sum(0)
     p = torch.where(found.isnan(), math.nan, reached / (permutations + 1))
-    p = torch.maximum(p, p.t())  # either method may be permuted, or have the earlier seeds: both are as good
+    # either method may be permuted, or have the earlier seeds: both are as good, and have to say the same
+    p = torch.where(signed * signed.t() < 0, 1.0, torch.maximum(p, p.t()))
     return p.fill_diagonal_(math.nan)
 
 

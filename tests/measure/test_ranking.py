@@ -124,12 +124,32 @@ def test_what_seeds_share_is_no_agreement():
 def test_the_permutation_test_of_shared_seeds_rejects_as_often_as_it_says():
     torch.manual_seed(0)
     p = []
-    for i in range(100):
+    for i in range(60):
         of_seed = torch.randn(3, 40)
         p.append(
-            dc.measure.ranking({"a": of_seed, "b": of_seed}, shared_seeds=True, permutations=50, bootstrap=0, seed=i)
+            dc.measure.ranking({"a": of_seed, "b": of_seed}, shared_seeds=True, permutations=39, bootstrap=0, seed=i)
         )
-    assert sum(float(found.p_value[0, 1]) <= 0.1 for found in p) <= 18
+    assert sum(float(found.p_value[0, 1]) <= 0.1 for found in p) <= 10
+
+
+def test_a_method_whose_seeds_agree_by_chance_has_no_share_of_its_ceiling():
+    torch.manual_seed(0)
+    a = torch.randn(60) + 0.5 * torch.randn(3, 60)
+    compute = [{"a": a, "noise": torch.randn(3, 60)} for _ in range(30)]
+    found = [dc.measure.ranking(c, permutations=0, bootstrap=40, seed=i) for i, c in enumerate(compute)]
+    assert all(bool(f.repeatable[0]) for f in found)
+    assert sum(float(f.tau[1, 1]) > 0 for f in found) > 8
+    assert sum(bool(f.repeatable[1]) for f in found) <= 4
+    for f in found:
+        assert f.corrected[0, 1].isnan() == ~f.repeatable[1]
+
+
+def test_seeds_that_agree_with_opposite_signs_do_not_agree():
+    torch.manual_seed(0)
+    a = torch.randn(200)
+    compute = {"a": torch.stack([a, a]), "b": torch.stack([a, -a])}
+    found = dc.measure.ranking(compute, shared_seeds=True, permutations=50, bootstrap=0)
+    assert found.p_value[0, 1] == 1
 
 
 def test_a_reference_that_explains_all_leaves_nothing():
@@ -151,12 +171,12 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
     torch.manual_seed(0)
     truth = 2 / math.pi * math.asin(0.6)  # Kendall's tau of two normal variables correlated by 0.6
     held = 0
-    for i in range(60):
+    for i in range(40):
         a = torch.randn(60)
         compute = {"a": a, "b": 0.6 * a + 0.8 * torch.randn(60)}
         limits = dc.measure.ranking(compute, permutations=0, bootstrap=60, seed=i).intervals["tau"][:, 0, 1]
         held += bool(limits[0] < truth < limits[1])
-    assert held >= 48  # 57 of 60 expected; 60 draws make the limits themselves uncertain
+    assert held >= 32  # 38 of 40 expected; 60 draws make the limits themselves uncertain
 
 
 def test_fewer_draws_than_examples_make_intervals_as_narrow(monkeypatch):
@@ -207,9 +227,9 @@ def test_table_record_and_plots(tmp_path):
     assert torch.from_numpy(pixels[..., 0]).allclose(images[first["example"], 0], atol=1 / 255)
     for dark in (False, True):
         found.plot(tmp_path / "heat.png", dark=dark)
-        found.plot_ranks(tmp_path / "ranks.png", "exits", "halting", dark=dark)
-        found.plot_ranks(tmp_path / "all.png", dark=dark)
-        found.plot_disputed(tmp_path / "disputed.png", images.expand(-1, 3, -1, -1), count=5, dark=dark)
+    found.plot_ranks(tmp_path / "ranks.png", "exits", "halting", dark=True)
+    found.plot_ranks(tmp_path / "all.png")
+    found.plot_disputed(tmp_path / "disputed.png", images.expand(-1, 3, -1, -1), count=5, dark=True)
     for name in ("heat", "ranks", "all", "disputed"):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
     with pytest.raises(ValueError, match="second: expected one of exits, halting, loss, got 'gates'"):
