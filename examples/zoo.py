@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -20,12 +21,13 @@ from typing import Any
 
 import torch
 
-from dyncore.measure import new_results, read_results, write_results
+from dyncore.measure import new_results, write_results
 from examples.common import Point, Result, marked, table, times
 
 NAMES: tuple[str, ...] = tuple(
     path.stem for path in sorted(Path(__file__).parent.glob("*.py")) if "\ndef run(quick: bool)" in path.read_text()
 )
+SCHEMA = "dyncore.zoo/1"  # records of one mechanism each: its dense network and the points of its curve
 DEFAULT = Path(__file__).parents[1] / "benchmarks" / "results" / "zoo"
 LOSS = 0.01  # of accuracy: what the summary allows
 FRAME = (80, 100.8)  # of accuracies in the plot, %: curves that go lower leave it
@@ -34,6 +36,11 @@ TICKS = (0.05, 0.1, 0.2, 0.5, 1)
 
 def run(name: str, quick: bool) -> Result:
     return marked(importlib.import_module(f"examples.{name}").run(quick), quick)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of an earlier run."""
+    return json.loads(path.read_text())["records"]
 
 
 def as_record(name: str, result: Result, seconds: float) -> dict[str, Any]:
@@ -112,9 +119,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=DEFAULT, help="without suffix (default: benchmarks/results/zoo)")
     args = parser.parse_args(argv)
     results = new_results(" ".join(["python -m examples.zoo", *(sys.argv[1:] if argv is None else argv)]))
+    results["schema"] = SCHEMA
     stamp = {"measured": results["created"], "commit": results["environment"]["commit"]}
     place = args.out.with_suffix(".json")
-    records = {r["example"]: r for r in read_results(place)["records"]} if place.exists() and args.only else {}
+    records = {r["example"]: r for r in read(place)} if place.exists() and args.only else {}
     for name in args.only or NAMES:
         torch.manual_seed(0)
         start = time.perf_counter()

@@ -2,8 +2,6 @@
 
 import pytest
 
-from dyncore.measure import read_results
-
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 from examples import zoo
@@ -35,7 +33,7 @@ def test_curves_are_written_merged_and_read_back(tmp_path, monkeypatch):
     out = tmp_path / "zoo"
     zoo.main(["--quick", "--out", str(out)])
     zoo.main(["--only", "second", "--out", str(out)])
-    records = read_results(out.with_suffix(".json"))["records"]
+    records = zoo.read(out.with_suffix(".json"))
     assert [record["example"] for record in records] == ["first", "second"]
     assert zoo.as_result(records[0]) == made_up("first, True")
     assert out.with_suffix(".png").stat().st_size > 1000
