@@ -4,9 +4,11 @@ Floor 4: knows modules and callables, the ops only through their FLOP formulas. 
 """
 
 from dyncore.measure.activation_sparsity import activation_sparsity
+from dyncore.measure.baselines import NoBaseline, dense_twin
 from dyncore.measure.environment import environment, last_level_cache
 from dyncore.measure.exits import Exits, ExitStatistics, exit_costs, exits
 from dyncore.measure.flops import Flops, flops
+from dyncore.measure.forcing import NotForced, force_keep
 from dyncore.measure.ranking import Ranking, ranking
 from dyncore.measure.records import new_results, read_results, write_results
 from dyncore.measure.savings import (
@@ -32,6 +34,8 @@ __all__ = [
     "GateSweep",
     "Interleaved",
     "LayerSparsity",
+    "NoBaseline",
+    "NotForced",
     "Ranking",
     "Savings",
     "SavingsError",
@@ -39,10 +43,12 @@ __all__ = [
     "activation_sparsity",
     "break_even",
     "cold_copies",
+    "dense_twin",
     "environment",
     "exit_costs",
     "exits",
     "flops",
+    "force_keep",
     "last_level_cache",
     "new_results",
     "ranking",

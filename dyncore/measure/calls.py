@@ -194,7 +194,8 @@ def failing_layer(call: Call) -> str | None:
         inside.append(title(name, layer))
 
     def leave(name: str, layer: nn.Module, output: Any) -> None:
-        inside.pop()
+        while inside.pop() != title(name, layer):  # forwards that were broken off
+            pass
 
     with hooked(call.module.named_modules(), enter, leave), torch.compiler.set_stance("force_eager"):
         try:

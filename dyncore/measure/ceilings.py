@@ -46,7 +46,9 @@ def _shortest(run: Callable[[], object], device: torch.device) -> float:
 @functools.lru_cache(maxsize=32)
 def _measured(device: torch.device, dtype: torch.dtype, threads: int) -> Ceilings:
     size, cuda = (8192, True) if device.type == "cuda" else (768, False)
-    a, b = (torch.full((size, size), 0.5, dtype=dtype, device=device) for _ in range(2))
+    # random numbers: a GPU clocks higher on equal ones
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.rand(size, size, generator=generator, device=device).to(dtype) for _ in range(2))
     gemm = _shortest(lambda: torch.mm(a, b), device)
     count = 2**29 if cuda else max(2 * last_level_cache(), 2**26)
     source = torch.ones(count, dtype=torch.uint8, device=device)

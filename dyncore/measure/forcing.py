@@ -140,10 +140,10 @@ def _leaving(keep: float, steps: int) -> float:
 
 
 @functools.singledispatch
-def force(layer: nn.Module, keep: float) -> float:
+def force_keep(layer: nn.Module, keep: float) -> float:
     """Make a dynamic layer execute a share `keep` of what it may skip, in place; returns the share that it will.
 
-    `force.register(YourLayer)` adds a way for a layer of your own; one with an attribute `gate` that gives a mask of
+    `force_keep.register(YourLayer)` adds a way for a layer of your own; one with an attribute `gate` that gives a mask of
     rows, (mask, scale) or a Decision needs none. Raises NotForced where there is no way.
     """
     gate = getattr(layer, "gate", None)
@@ -153,62 +153,62 @@ def force(layer: nn.Module, keep: float) -> float:
     return keep
 
 
-@force.register(Skip)
-@force.register(TokenSkip)
-@force.register(ACM)
-@force.register(ACMLinear)
-@force.register(DynamicWidthMLP)
+@force_keep.register(Skip)
+@force_keep.register(TokenSkip)
+@force_keep.register(ACM)
+@force_keep.register(ACMLinear)
+@force_keep.register(DynamicWidthMLP)
 def _gated(layer: Any, keep: float) -> float:
     layer.gate = _Gate(layer.gate, _Draw(keep))
     return keep
 
 
-@force.register
+@force_keep.register
 def _mixture_of_depths(layer: MixtureOfDepths, keep: float) -> float:
     layer.inference = "topk"
     layer.capacity = float(keep)
     return keep
 
 
-@force.register
+@force_keep.register
 def _moe(layer: MoE, keep: float) -> float:
     layer.top_k = max(1, round(keep * layer.num_experts))
     return layer.top_k / layer.num_experts
 
 
-@force.register
+@force_keep.register
 def _dynamic_k(layer: DynamicKMoE, keep: float) -> float:
     layer.router = _Scores(layer.router, _Draw(keep), 0.0, 1.0)
     layer.tau.fill_(0.5)
     return max(1, round(keep * layer.num_blocks)) / layer.num_blocks
 
 
-@force.register
+@force_keep.register
 def _hierarchy(layer: Hierarchy, keep: float) -> float:
     layer.coarse = _Scores(layer.coarse, _Draw(keep), -_SURE, _SURE)
     layer.threshold.fill_(0.5)
     return max(1, round(keep * len(layer.fine))) / len(layer.fine)
 
 
-@force.register
+@force_keep.register
 def _branch(layer: Branch, keep: float) -> float:
     layer.router = _Router(layer.router, _Draw(keep), len(layer.branches))
     return keep
 
 
-@force.register
+@force_keep.register
 def _policy_skip(layer: PolicySkip, keep: float) -> float:
     layer.policy = _Router(layer.policy, _Draw(keep), len(layer.blocks))
     return keep
 
 
-@force.register
+@force_keep.register
 def _exits(layer: ExitLayer, keep: float) -> float:
     layer.criterion = _Criterion(layer.criterion, _Draw(_leaving(keep, layer.num_exits)))
     return max(keep, 1 / layer.num_exits)
 
 
-@force.register
+@force_keep.register
 def _adaptive_depth(layer: AdaptiveDepth, keep: float) -> float:
     draw = _Draw(_leaving(keep, layer.num_steps))
     gates: Any = layer.halt
@@ -217,13 +217,13 @@ def _adaptive_depth(layer: AdaptiveDepth, keep: float) -> float:
     return max(keep, 1 / layer.num_steps)
 
 
-@force.register
+@force_keep.register
 def _token_drop(layer: TokenDrop, keep: float) -> float:
     layer.keep = float(keep)
     return keep
 
 
-@force.register
+@force_keep.register
 def _token_merge(layer: TokenMerge, keep: float) -> float:
     layer.r = min(1 - keep, 0.5)
     return 1 - layer.r
@@ -240,7 +240,7 @@ def forced(module: nn.Module, keep: float) -> tuple[nn.Module, float]:
     Raises NotForced where it holds none, or one that cannot be forced.
     """
     twin = sharing(module)
-    shares = [force(layer, keep) for layer in twin.modules() if isinstance(layer, DynamicLayer)]
+    shares = [force_keep(layer, keep) for layer in twin.modules() if isinstance(layer, DynamicLayer)]
     if not shares and any(isinstance(layer, (SparseLinear, SparseMLP)) for layer in twin.modules()):
         raise NotForced("the zeros of a ReLU come with the data, and cannot be forced")
     if not shares:

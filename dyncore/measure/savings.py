@@ -110,7 +110,7 @@ class _Measuring:
         if not sparse.values:
             self.notes.append("the module returns no tensors that are known of: its numbers are not compared")
         self.masked(sparse, tolerance)
-        makers = {"dense": self.dense, "naive": lambda: self.naive(sparse), "smaller": self.smaller}
+        makers = {"dense": self.dense, "naive": lambda: self.naive(sparse, tolerance), "smaller": self.smaller}
         for name in ("dense", "naive", "smaller"):
             if name in self.names and name not in self.calls:
                 try:
@@ -168,7 +168,7 @@ class _Measuring:
             raise rivals.NoBaseline("the module is compiled: give its compiled dense twin as dense=")
         self.calls["dense"], self.made["dense"] = rivals.dense(self.call)
 
-    def naive(self, sparse: Result) -> None:
+    def naive(self, sparse: Result, tolerance: float | None) -> None:
         if self.compiled:
             raise rivals.NoBaseline("the module is compiled, and so are the ops in it")
         plain = PlainOps()
@@ -176,7 +176,7 @@ class _Measuring:
         result: Result = seeded(dataclasses.replace(call, around=plain.counting))
         if not plain.used:
             raise rivals.NoBaseline("the module calls no op of dyncore that plain PyTorch would do in another way")
-        why = difference(result, sparse, loose=True)
+        why = difference(result, sparse, loose=True, tolerance=tolerance)
         if why:
             raise rivals.NoBaseline(f"the ops in plain PyTorch give other numbers: {why}")
         self.calls["naive"] = call

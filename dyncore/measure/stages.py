@@ -55,6 +55,7 @@ class Profile:
 class _Frame:
     """A module that is running. planned: it has made a plan. computed: a product or a child came after it."""
 
+    name: str
     role: str
     planned: bool = False
     computed: bool = False
@@ -112,7 +113,7 @@ class _Watch(TorchDispatchMode):
 
     def _stage(self, func: Any) -> str:
         space, _, name = _name(func).partition("::")
-        frame = self.frames[-1] if self.frames else _Frame("plain")
+        frame = self.frames[-1] if self.frames else _Frame("", "plain")
         own = space == "dyncore"
         self.ops += own
         if any(f.role == "gate" for f in self.frames):
@@ -223,10 +224,12 @@ def _roles(module: Callable[..., Any], watch: _Watch) -> Generator[None]:
 
     def before(name: str, layer: nn.Module) -> None:
         role = "gate" if id(layer) in gates else "dynamic" if isinstance(layer, DynamicLayer) else "plain"
-        watch.frames.append(_Frame(role))
+        watch.frames.append(_Frame(name, role))
 
     def after(name: str, layer: nn.Module, output: Any) -> None:
         done = watch.frames.pop()
+        while done.name != name:  # forwards that were broken off
+            done = watch.frames.pop()
         if watch.frames and done.role != "gate":
             watch.frames[-1].computed = watch.frames[-1].planned
 

@@ -10,7 +10,7 @@ from torch import nn
 import dyncore as dc
 from dyncore.measure import baselines, flops
 from dyncore.measure.calls import Call, difference
-from dyncore.measure.forcing import NotForced, force, forced
+from dyncore.measure.forcing import NotForced, force_keep, forced
 from dyncore.measure.naive import PlainOps
 from dyncore.nn import exits, policies
 
@@ -123,6 +123,19 @@ def test_twins_share_parameters_and_leave_the_module_as_it_was():
     assert how == "Skip, MoE replaced by dense modules"
 
 
+def test_a_model_given_exits_is_compared_with_the_model_itself():
+    blocks = nn.Sequential(*[nn.Sequential(nn.Linear(D, D), nn.ReLU()) for _ in range(4)], nn.Linear(D, 3)).eval()
+    x = rows()
+    model = dc.convert.add_early_exits(blocks, ["1"], x[:2])
+    model.threshold = -1.0  # everybody leaves at the first: the model's own forward is broken off
+    saved = dc.measure.savings(model.eval(), x, seconds=1e-9, min_rounds=1)
+    assert saved.flops["dense"] == 40 * (4 * 2 * D * D + 2 * D * 3)
+    assert saved.flops["sparse"] == 40 * (2 * 2 * D * D + 2 * D * 3)
+    assert saved.errors == []
+    assert "break_even" not in saved.unavailable
+    assert sum(saved.stages.values()) == pytest.approx(1)
+
+
 def test_layers_within_the_block_of_a_layer_are_replaced_too():
     block = dc.nn.TransformerBlock(D, 2, mlp=dc.nn.MoE(D, 24, 4))
     twin, how = baselines.dense(call_of(dc.nn.TokenSkip(block, tokens), sequences()))
@@ -185,7 +198,7 @@ def test_a_layer_of_ones_own_is_forced_by_its_gate_or_by_a_way_of_its_own():
     class Registered(OwnLayer):
         pass
 
-    @force.register
+    @force_keep.register
     def _(layer: Registered, keep: float) -> float:
         layer.gate = lambda x: dc.nn.Decision(torch.arange(x.shape[0]) < keep * x.shape[0])
         return keep
