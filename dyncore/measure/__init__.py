@@ -1,6 +1,7 @@
 """dyncore.measure: what was executed, how long it took, and what a saved FLOP was worth.
 
-Floor 4: knows modules and callables, the ops only through their FLOP formulas. Needs torch alone.
+Floor 4: knows modules and callables, the layers that decide, and ops by their names and FLOP formulas. Needs torch
+alone.
 """
 
 from dyncore.measure.activation_sparsity import activation_sparsity

@@ -143,8 +143,8 @@ def _leaving(keep: float, steps: int) -> float:
 def force_keep(layer: nn.Module, keep: float) -> float:
     """Make a dynamic layer execute a share `keep` of what it may skip, in place; returns the share that it will.
 
-    `force_keep.register(YourLayer)` adds a way for a layer of your own; one with an attribute `gate` that gives a mask of
-    rows, (mask, scale) or a Decision needs none. Raises NotForced where there is no way.
+    `force_keep.register(YourLayer)` adds a way for a layer of your own; one with an attribute `gate` that gives a mask
+    of rows, (mask, scale) or a Decision needs none. Raises NotForced where there is no way.
     """
     gate = getattr(layer, "gate", None)
     if not callable(gate):
