@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from dyncore import break_even, tilings
 from dyncore.backends import cpu, cuda, triton
 
 _CACHE_ROOT = Path("/sys/devices/system/cpu/cpu0/cache")
+_STAT = Path("/proc/stat")
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -52,18 +54,54 @@ def usable_cores() -> int:
         return cores
 
 
-def timing_warnings() -> list[str]:
-    """Why times taken now may mislead: more threads than cores, or other programs at work. To be asked before ours."""
+class OtherWork:
+    """What other programs of this machine do from now on, as /proc/stat tells."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, float] | None:
+        """Seconds of all cores' work, of this process's, and of the clock."""
+        try:
+            user, nice, system, _, _, *more = map(int, _STAT.read_text().split("\n", 1)[0].split()[1:9])
+            busy = (user + nice + system + sum(more)) / os.sysconf("SC_CLK_TCK")
+        except (OSError, ValueError, AttributeError):  # not every system tells
+            return None
+        return busy, time.process_time(), time.perf_counter()
+
+    def cores(self) -> float | None:
+        """How many cores others kept busy, what the host of a virtual machine took included; None where it is not
+        known, or after less than 0.2 s."""
+        now = self._now()
+        if now is None or self._start is None:
+            return None
+        busy, own, passed = (b - a for a, b in zip(self._start, now, strict=True))
+        return max(0.0, busy - own) / passed if passed >= 0.2 else None
+
+    def warning(self) -> str | None:
+        """A sentence where others kept more than a tenth of the machine busy."""
+        cores, all_cores = self.cores(), os.cpu_count() or 1
+        if cores is None or cores <= all_cores / 10:
+            return None
+        return f"other programs kept {cores:.1f} of {all_cores} cores busy during the timing: ratios may be off"
+
+
+def timing_warnings(*, load: bool = True) -> list[str]:
+    """Why times taken now may mislead: more threads than cores, or, with `load`, other programs at work in the last
+    minute. To be asked before ours."""
     found: list[str] = []
     threads, cores = torch.get_num_threads(), usable_cores()
     if threads > cores:
         found.append(f"{threads} threads share {cores} usable cores and wait for each other: ratios may be off")
+    if not load:
+        return found
     try:
-        load = os.getloadavg()[0]
+        average = os.getloadavg()[0]
     except (AttributeError, OSError):  # not every system tells
-        load = 0.0
-    if load > (os.cpu_count() or 1) / 2:  # both are of the whole machine
-        found.append(f"other programs keep this machine busy (load {load:.1f}): ratios may be off")
+        average = 0.0
+    if average > (os.cpu_count() or 1) / 2:  # both are of the whole machine
+        found.append(f"other programs keep this machine busy (load {average:.1f}): ratios may be off")
     return found
 
 

@@ -31,7 +31,7 @@ from dyncore.measure.calls import (
 )
 from dyncore.measure.ceilings import Ceilings, ceilings
 from dyncore.measure.energy import NoMeter, joules
-from dyncore.measure.environment import timing_warnings
+from dyncore.measure.environment import OtherWork, timing_warnings
 from dyncore.measure.flops import Flops, flops
 from dyncore.measure.forcing import NotForced, forced
 from dyncore.measure.naive import PlainOps
@@ -80,7 +80,7 @@ class _Measuring:
         self.made: dict[str, str] = {}
         self.unavailable: dict[str, str] = {}
         self.notes: list[str] = []
-        self.warnings: list[str] = timing_warnings()
+        self.warnings: list[str] = timing_warnings(load=False)
         self.errors: list[dict[str, str]] = []
 
     def refuse(self, message: str, error: BaseException | None = None) -> SavingsError:
@@ -196,7 +196,7 @@ class _Measuring:
         return "dense" if "dense" in self.calls else "masked"
 
     def time(self) -> dict[str, Timing]:
-        times = timer(self.calls, self.call.device)
+        times, others = timer(self.calls, self.call.device), OtherWork()
         options = {"min_rounds": self.min_rounds, "max_rounds": max(_ROUNDS, self.min_rounds)}
         timings = times.run(seconds=self.seconds, limit=10 * self.seconds, **options)
         for _ in range(2):
@@ -204,6 +204,8 @@ class _Measuring:
             if interval is None or interval[1] - interval[0] <= _SURE * sum(interval) or self.seconds < 0.1:
                 break
             timings = times.run(seconds=self.seconds / 2, limit=0.0, warm_up=0, **options)
+        warning = others.warning()
+        self.warnings += [] if warning is None else [warning]
         return timings
 
     def sweep(self) -> None:

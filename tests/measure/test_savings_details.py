@@ -20,6 +20,7 @@ from dyncore.measure.ceilings import ceilings
 from dyncore.measure.stages import CALLING, STAGES, profile
 from dyncore.measure.timing import InterleavedCold, ratio_interval
 
+environment_module = sys.modules["dyncore.measure.environment"]  # the package has a function of that name
 SHORT = {"seconds": 1e-9, "min_rounds": 1}
 QUICK = {**SHORT, "details": False}
 
@@ -103,6 +104,33 @@ def test_the_interval_of_a_ratio_holds_it_and_says_how_far_it_is_known():
 def test_what_slows_a_whole_round_down_widens_no_interval():
     drift = [int(1e6 * (1 + i % 5)) for i in range(40)]
     assert ratio_interval(Timing(tuple(2 * t for t in drift)), Timing(tuple(drift))) == (2.0, 2.0)
+
+
+def test_the_work_of_others_is_that_of_all_cores_without_ones_own(monkeypatch, tmp_path):
+    stat, seconds = tmp_path / "stat", [(0.0, 10.0), (1.0, 12.0), (1.5, 14.0), (1.5, 14.05)]
+    stat.write_text("cpu  100 0 100 5000 7 0 0 0 0 0\ncpu0 1 2 3\n")
+    own, clock = zip(*seconds, strict=True)
+    monkeypatch.setattr(environment_module, "_STAT", stat)
+    monkeypatch.setattr(environment_module.os, "sysconf", lambda name: 100)
+    monkeypatch.setattr(environment_module.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(environment_module.time, "process_time", iter(own).__next__)
+    monkeypatch.setattr(environment_module.time, "perf_counter", iter(clock).__next__)
+    others = environment_module.OtherWork()
+    stat.write_text("cpu  200 50 150 9000 9 0 0 100 0 0\ncpu0 1 2 3\n")  # 3 s of work, 1 of them ours, in 2 s
+    assert others.cores() == 1.0
+    stat.write_text("cpu  250 0 150 9000 9 0 0 0 0 0\n")
+    assert others.warning() is None  # 2 s of work, 1.5 of them ours, in 4 s: 0.125 of 2 cores
+    assert others.cores() is not None
+    stat.unlink()
+    assert others.cores() is None
+    assert environment_module.OtherWork().warning() is None
+
+
+def test_work_of_others_is_told(monkeypatch):
+    monkeypatch.setattr(environment_module.OtherWork, "cores", lambda self: 1.7)
+    monkeypatch.setattr(environment_module.os, "cpu_count", lambda: 2)
+    saved = dc.measure.savings(lambda x: x + 1, torch.randn(4), **QUICK)
+    assert "other programs kept 1.7 of 2 cores busy during the timing: ratios may be off" in saved.warnings
 
 
 def saved_with(sparse, masked, flops=(25, 100)):
