@@ -8,11 +8,20 @@ from collections.abc import Sequence
 
 import dyncore
 from dyncore.commands import audit, bench, env, report, tune
-from dyncore.commands.arguments import Parser
+from dyncore.commands.arguments import Parser, examples
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="dyncore", description="Conditional computation that pays: what is here, and what it gains.")
+    parser = Parser(
+        prog="dyncore",
+        description="Conditional computation that pays: what is here, and what it gains.",
+        epilog=examples(
+            "dyncore env",
+            "dyncore bench --quick",
+            "dyncore audit train.py:make_model --inputs 8x128x512",
+            "dyncore bench --help",
+        ),
+    )
     parser.add_argument("--version", action="version", version=f"dyncore {dyncore.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for command in (env, bench, audit, report, tune):

@@ -392,3 +392,15 @@ def test_what_moved_within_its_spread_is_the_same(records):
     today[0]["against"] = {name: x * 1.2 for name, x in today[0]["against"].items()}
     today[0]["variants"]["dyncore"]["spread"] = 0.3
     assert compare.changes(records[:1], today)[0]["verdict"] == "same"
+
+
+def test_a_contest_moves_to_another_device_and_shared_weights_stay_shared(small_caches):
+    contest = moe.contest(moe.random_experts(20, 4, 2), 4, 8, 12, torch.float32, backward=True)
+    assert contest.to(torch.device("cpu")) is contest
+    moved = contest.to(torch.device("meta"))
+    assert moved.device.type == "meta"
+    assert moved.variants["dyncore"].weights is moved.variants["naive"].weights
+    assert all(t.is_meta for args in moved.inputs for t in args)
+    leaves = [*moved.variants["dyncore"].weights, moved.inputs[0][0]]
+    assert all(t.is_meta and t.requires_grad and t.is_leaf for t in leaves)
+    assert not contest.inputs[0][0].is_meta

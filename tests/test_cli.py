@@ -90,9 +90,21 @@ def test_bench_names_the_pip_command_of_a_missing_extra(missing):
 def test_help_has_examples_and_all_options():
     done = run("bench", "--help")
     assert done.returncode == 0
-    for word in ("--quick", "--full", "--threads", "--dtype", "--out", "token-skipping", "examples:", "Ctrl-C"):
+    for word in ("--quick", "--full", "--device", "--threads", "--dtype", "--out", "moe", "examples:", "Ctrl-C"):
         assert word in done.stdout
     assert "--tiny" not in done.stdout
+
+
+@pytest.mark.parametrize("command", [[], ["env"], ["bench"], ["audit"], ["report"], ["tune"]])
+def test_every_help_ends_with_examples_that_can_be_copied(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    with pytest.raises(SystemExit) as done:
+        main([*command, "--help"])
+    out = capsys.readouterr().out
+    shown = out[out.index("examples:\n") :].splitlines()[1:]
+    assert done.value.code == 0
+    assert len(shown) >= 2
+    assert all(line.startswith("  " + " ".join(["dyncore", *command])) for line in shown)
 
 
 def test_help_of_tune_has_an_example_of_each_device(capsys):
@@ -118,6 +130,8 @@ def test_help_of_tune_has_an_example_of_each_device(capsys):
         (["bench", "--dtype", "int8"], "argument --dtype: expected one of float32, fp32, bfloat16, bf16, got 'int8'"),
         (["bench", "--seconds", "-1"], "argument --seconds: expected a number above 0, got '-1'"),
         (["bench", "--seconds", "nan"], "argument --seconds: expected a number above 0, got 'nan'"),
+        (["bench", "--device", "tpu"], "argument --device: expected cpu, cuda or cuda:<number>, got 'tpu'"),
+        (["bench", "--device", "cuda:99"], "argument --device: expected a device that is there, PyTorch finds "),
         (["bench", "--quick", "--full"], "argument --full: not allowed with argument --quick"),
         (["bench", "--out", __file__], "argument --out: expected a folder, "),
         (["bench", "--tiny", "--out", ""], "argument --out: expected a folder, got ''"),

@@ -18,7 +18,7 @@ _CLEAR = (
 
 def _key(record: _Record) -> tuple[Any, ...]:
     shape = tuple(sorted(record["shape"].items()))
-    what = (record["mechanism"], record["input"], record.get("granularity", "row"), shape)
+    what = (record["mechanism"], record["input"], record.get("granularity", "row"), shape, record.get("device", "cpu"))
     return (*what, record["dtype"], record["phase"], record["keep_ratio"])
 
 

@@ -14,7 +14,7 @@ from dyncore.execution import mode
 from dyncore.measure.agreement import disagreement
 from dyncore.measure.flops import flops
 from dyncore.measure.savings import realised_saving, scaling_efficiency
-from dyncore.measure.timing import Interleaved, cold_copies
+from dyncore.measure.timing import Interleaved, InterleavedOnDevice, cold_copies
 
 OURS, DENSE = "dyncore", "dense"
 _PATIENCE = 10  # a point that takes this many times its seconds is on a slow machine: three rounds are enough
@@ -112,15 +112,41 @@ class Contest:
         )
 
     def timer(self, names: Sequence[str]) -> Interleaved:
-        """A timer of some of the variants."""
+        """A timer of some of the variants: by events of the device where that is a GPU."""
         callables = self.callables()
-        return Interleaved({name: callables[name] for name in names}, arguments=self.arguments())
+        kind = InterleavedOnDevice if self.device.type == "cuda" else Interleaved
+        return kind({name: callables[name] for name in names}, arguments=self.arguments())
+
+    @property
+    def device(self) -> torch.device:
+        """Of the inputs."""
+        return self.inputs[0][0].device
+
+    def to(self, device: torch.device) -> Contest:
+        """The contest on another device; variants that share weights still do. On a GPU weights turn through more than
+        its L2 cache holds."""
+        if device == self.device:
+            return self
+        moved: dict[int, Tensor] = {}
+        groups: dict[int, tuple[Tensor, ...]] = {}
+
+        def move(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            for t in tensors:
+                moved.setdefault(id(t), t.detach().to(device))
+            return groups.setdefault(id(tensors), tuple(moved[id(t)] for t in tensors))
+
+        cache = self.cache_bytes
+        if device.type == "cuda":
+            cache = torch.cuda.get_device_properties(device).L2_cache_size
+        variants = {n: dataclasses.replace(v, weights=move(v.weights)) for n, v in self.variants.items()}
+        inputs = [move(args) for args in self.inputs]
+        return dataclasses.replace(self, variants=variants, inputs=inputs, cache_bytes=cache)
 
 
 def _cotangent(out: Tensor) -> Tensor:
     """The gradient that flows back into an output: of unit scale, the same for every variant and dtype."""
     generator = torch.Generator().manual_seed(out.numel())
-    return torch.randn(out.shape, generator=generator).to(out.dtype)
+    return torch.randn(out.shape, generator=generator).to(out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,10 +214,12 @@ def check(contest: Contest) -> tuple[Contest, dict[str, str], dict[str, str]]:
     return dataclasses.replace(contest, variants=remaining), wrong, unavailable
 
 
-def measure(point: Point, *, seconds: float, min_rounds: int = 5) -> tuple[dict[str, Any] | None, list[dict[str, str]]]:
-    """(record or None, errors) of a point: check, count, time. There is no record without right numbers of dyncore's
-    and, where it takes part, of dense PyTorch's."""
-    contest, wrong, unavailable = check(point.build())
+def measure(
+    point: Point, *, seconds: float, min_rounds: int = 5, device: torch.device | None = None
+) -> tuple[dict[str, Any] | None, list[dict[str, str]]]:
+    """(record or None, errors) of a point on a device (None: the CPU): check, count, time. There is no record without
+    right numbers of dyncore's and, where it takes part, of dense PyTorch's."""
+    contest, wrong, unavailable = check(point.build().to(device or torch.device("cpu")))
     errors = [{"point": str(point), "variant": name, "message": why} for name, why in wrong.items()]
     if OURS in wrong or DENSE in wrong:
         return None, errors
@@ -224,6 +252,7 @@ def make_record(
         "granularity": point.granularity,
         "execution": mode(),
         "cold_weights": contest.cold,
+        "device": contest.device.type,
         "flops": {"executed": executed, "dense": dense},
         "variants": variants,
         "flop_speedup": flop_speedup,

@@ -74,7 +74,7 @@ def smaller(x: Tensor, expert: Tensor, weight: Tensor, w_in: Tensor, w_out: Tens
 
 def own_smaller(x: Tensor, expert: Tensor, weight: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
     """`smaller` by dyncore: every row, one group."""
-    plan = dc.select(torch.ones(x.shape[0], dtype=torch.bool))
+    plan = dc.select(torch.ones(x.shape[0], dtype=torch.bool, device=x.device))
     return dc.grouped_mlp(x, w_in[None], w_out[None], plan=plan, activation="swiglu")
 
 

@@ -61,7 +61,7 @@ def _hear_that_csr_is_beta() -> None:
 
 
 def _every_row(x: Tensor) -> dc.Plan:
-    return dc.select(torch.ones(x.shape[0], dtype=torch.bool))
+    return dc.select(torch.ones(x.shape[0], dtype=torch.bool, device=x.device))
 
 
 def own(h: Tensor, weight: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ class Options:
     size: str = "quick"
     dtype: torch.dtype | None = None
     threads: int | None = None
+    device: torch.device | None = None
     seconds: float = 1.0
     min_rounds: int = 5
     command: str = "dyncore bench"
@@ -58,7 +59,9 @@ def sweep(chosen: Sequence[Point], folder: Path, options: Options, console: Cons
         try:
             for i, (point, cost) in enumerate(zip(chosen, costs, strict=True), 1):
                 progress.update(task, description=f"{i}/{len(chosen)} {point}")
-                record, errors = measure(point, seconds=options.seconds, min_rounds=options.min_rounds)
+                record, errors = measure(
+                    point, seconds=options.seconds, min_rounds=options.min_rounds, device=options.device
+                )
                 results["errors"] += errors
                 if record is not None:
                     results["records"].append(record)
@@ -78,6 +81,8 @@ def run(options: Options) -> int:
     """Sweep, print the table, write results.json and index.html; the exit status."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    if options.device is not None and options.device.type == "cuda":
+        torch.cuda.set_device(options.device)
     folder = options.out
     out, log = Console(), Console(stderr=True)
     if not out.is_terminal:

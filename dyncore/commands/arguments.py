@@ -23,8 +23,27 @@ class Commands(Protocol):
         ...
 
 
+_EXAMPLES = "examples:\n"
+
+
+def examples(*commands: str) -> str:
+    """The end of a help text: a command a line, not broken, so that it can be copied."""
+    return _EXAMPLES + "\n".join(f"  {command}" for command in commands)
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Breaks lines anywhere but in examples."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith(_EXAMPLES) else super()._fill_text(text, width, indent)
+
+
 class Parser(argparse.ArgumentParser):
-    """Errors are one line, exit status 2."""
+    """Errors are one line, exit status 2; examples stand as they are typed."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", _Formatter)
+        super().__init__(*args, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
@@ -60,6 +79,17 @@ def cuda_index(text: str) -> int | None:
     if text == "cuda" or (name == "cuda" and index.isascii() and index.isdecimal()):
         return int(index or 0)
     raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:<number>, got {text!r}")
+
+
+def device_of(index: int | None, parser: argparse.ArgumentParser) -> torch.device:
+    """The device of a `cuda_index`; the command ends where there is no such device."""
+    if index is None:
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if index >= count:
+        found = f"{count} CUDA device{'s' * (count > 1)}" if count else "no CUDA device"
+        parser.error(f"argument --device: expected a device that is there, PyTorch finds {found}")
+    return torch.device("cuda", index)
 
 
 def folder(text: str) -> Path:

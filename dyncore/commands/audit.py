@@ -8,7 +8,16 @@ from collections.abc import Sequence
 
 import torch
 
-from dyncore.commands.arguments import Commands, Parser, cuda_index, new_file, positive_float, positive_int
+from dyncore.commands.arguments import (
+    Commands,
+    Parser,
+    cuda_index,
+    device_of,
+    examples,
+    new_file,
+    positive_float,
+    positive_int,
+)
 
 _DESCRIPTION = """Finds the layers of a model that dyncore could replace (ReLU MLPs, mixtures of experts, layers that a
 mask of rows multiplies) and the dynamic layers that it has; measures each on given inputs, beside what would take its
@@ -22,9 +31,11 @@ def add(commands: Commands) -> None:
         "audit",
         help="what dyncore could do for your own model, layer by layer, measured",
         description=_DESCRIPTION,
-        epilog="examples: dyncore audit mypackage.models:build --inputs 8x128x512 | dyncore audit train.py:make_model "
-        "--inputs 'input_ids=2x64:int64<vocab' attention_mask=2x64:bool --out audit.json | dyncore audit zoo:vit "
-        "--inputs batch.pt --device cuda",
+        epilog=examples(
+            "dyncore audit mypackage.models:build --inputs 8x128x512",
+            "dyncore audit train.py:make_model --inputs 'input_ids=2x64:int64<vocab' mask=2x64:bool --out audit.json",
+            "dyncore audit zoo:vit --inputs batch.pt --device cuda",
+        ),
     )
     parser.add_argument(
         "factory", help="package.module:factory or file.py:factory, which gives the model (or the model itself)"
@@ -44,16 +55,6 @@ def add(commands: Commands) -> None:
     parser.set_defaults(parser=parser, run=run)
 
 
-def _device(args: argparse.Namespace) -> torch.device:
-    if args.device is None:
-        return torch.device("cpu")
-    count = torch.cuda.device_count()
-    if args.device >= count:
-        found = f"{count} CUDA device{'s' * (count > 1)}" if count else "no CUDA device"
-        args.parser.error(f"argument --device: expected a device that is there, PyTorch finds {found}")
-    return torch.device("cuda", args.device)
-
-
 def _progress(text: str) -> None:
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     from dyncore.audit import audit
     from dyncore.audit.loading import Failed, load_inputs, load_model, place_of
 
-    device = _device(args)
+    device = device_of(args.device, args.parser)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     parser: Parser = args.parser

@@ -9,7 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dyncore.commands.arguments import Commands, dtype, folder, lacks, positive_float, positive_int
+from dyncore.commands.arguments import (
+    Commands,
+    cuda_index,
+    device_of,
+    dtype,
+    examples,
+    folder,
+    lacks,
+    positive_float,
+    positive_int,
+)
 
 _NEEDS = ("rich", "matplotlib")
 _SECONDS = {"tiny": 0.05, "quick": 1.0, "full": 4.0}
@@ -24,8 +34,12 @@ def add(commands: Commands) -> None:
         description="Measures dyncore against dense and naive PyTorch, in interleaved rounds, after checking that all "
         "give the same numbers. Prints a table; writes results.json and index.html. Ctrl-C keeps what was "
         "measured.",
-        epilog="examples: dyncore bench --quick | dyncore bench moe --full --dtype bf16 --threads 1 --out results | "
-        "dyncore bench token-skipping --compare results/results.json",
+        epilog=examples(
+            "dyncore bench --quick",
+            "dyncore bench moe --full --dtype bf16 --threads 1 --out results",
+            "dyncore bench token-skipping --compare results/results.json",
+            "dyncore bench moe --device cuda",
+        ),
     )
     names = "token-skipping, moe, relu-down, relu-mlp, reglu-mlp (default: all)"
     bench.add_argument("names", nargs="*", metavar="name", help=names)
@@ -33,6 +47,7 @@ def add(commands: Commands) -> None:
     size.add_argument("--quick", dest="size", action="store_const", const="quick", help="under 4 minutes (default)")
     size.add_argument("--full", dest="size", action="store_const", const="full", help="more shapes, dtypes and rounds")
     size.add_argument("--tiny", dest="size", action="store_const", const="tiny", help=argparse.SUPPRESS)
+    bench.add_argument("--device", type=cuda_index, metavar="D", help="cpu (default), cuda or cuda:<number>")
     bench.add_argument("--threads", type=positive_int, metavar="N", help="default: torch.get_num_threads()")
     bench.add_argument("--dtype", type=dtype, metavar="D", help="float32 or bfloat16 alone (default: both)")
     bench.add_argument("--out", type=folder, metavar="FOLDER", help="default: bench-results/<time>")
@@ -77,6 +92,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     unknown = [name for name in args.names if name not in MECHANISMS]
     if unknown:
         args.parser.error(f"unknown name {unknown[0]!r}, expected {' or '.join(MECHANISMS)}")
+    device = device_of(args.device, args.parser)
     if lacks("bench", _NEEDS):
         return 1
     from dyncore.bench.run import Options
@@ -89,6 +105,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
         "size": args.size,
         "dtype": args.dtype,
         "threads": args.threads,
+        "device": device,
         "out": _made(args.out or default, args.parser, args.force),
         "seconds": args.seconds or _SECONDS[args.size],
         "min_rounds": _MIN_ROUNDS[args.size],

@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from dyncore.commands.arguments import Commands
+from dyncore.commands.arguments import Commands, examples
 
 
 def add(commands: Commands) -> None:
@@ -14,7 +14,10 @@ def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "env",
         help="versions, instruction set, threads, and each backend or why it is missing",
-        epilog="examples: dyncore env | dyncore env --json > environment.json",
+        epilog=examples(
+            "dyncore env",
+            "dyncore env --json > environment.json",
+        ),
     )
     parser.add_argument("--json", action="store_true", help="as JSON, for a bug report")
     parser.set_defaults(run=run)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dyncore.commands.arguments import Commands, Parser, folder, lacks, new_file
+from dyncore.commands.arguments import Commands, Parser, examples, folder, lacks, new_file
 
 
 def add(commands: Commands) -> None:
@@ -18,8 +18,11 @@ def add(commands: Commands) -> None:
         description="Draws what the given files have data for: wall clock against FLOPs, time against keep ratio with "
         "the break-even, each rival, a roofline, where the time goes, histograms of zeros, rankings, audits. Files are "
         "those of dyncore bench, dyncore audit --out, dyncore.measure and benchmarks/results, in any mixture.",
-        epilog="examples: dyncore report bench-results/*/results.json | dyncore report audit.json ranking.json --out "
-        "model.html | dyncore report bench-results/*/results.json --pictures figures",
+        epilog=examples(
+            "dyncore report bench-results/*/results.json",
+            "dyncore report audit.json ranking.json --out model.html",
+            "dyncore report bench-results/*/results.json --pictures figures",
+        ),
     )
     parser.add_argument("results", nargs="+", metavar="results.json", help="what was measured")
     parser.add_argument(

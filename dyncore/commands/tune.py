@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from dyncore.commands.arguments import Commands, cuda_index, positive_int
+from dyncore.commands.arguments import Commands, cuda_index, examples, positive_int
 
 
 def add(commands: Commands) -> None:
@@ -18,7 +18,11 @@ def add(commands: Commands) -> None:
         "each Triton kernel is fastest; some minutes, most of them compiling. Each writes its table into the user's "
         "cache folder (DYNCORE_CACHE, else XDG_CACHE_HOME or ~/.cache), where dyncore reads it; nothing is ever "
         "measured unasked. Ctrl-C keeps the tilings measured so far.",
-        epilog="examples: dyncore tune | dyncore tune --threads 1 | dyncore tune --device cuda:0 --quick",
+        epilog=examples(
+            "dyncore tune",
+            "dyncore tune --threads 1",
+            "dyncore tune --device cuda:0 --quick",
+        ),
     )
     tune.add_argument(
         "--device", type=cuda_index, dest="cuda_index", metavar="D", help="cpu (default), cuda or cuda:<number>"

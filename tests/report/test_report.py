@@ -319,12 +319,6 @@ def test_bad_files_are_one_line_and_status_2(content, message, write, tmp_path, 
     assert not (tmp_path / "r.html").exists()
 
 
-def test_help_has_examples(capsys):
-    with pytest.raises(SystemExit):
-        main(["report", "--help"])
-    assert "examples: dyncore report" in capsys.readouterr().out
-
-
 def browse(path, tmp_path):
     """(the page after a browser has laid it out 500 pixels wide, what it complained of)."""
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,900", "--enable-logging=stderr"]
