@@ -15,6 +15,7 @@ from dyncore.nn.base import Decision, DynamicLayer, Gating, expect_callable, exp
 from dyncore.nn.dynamic_width import BlockMLP, decide_groups, every_slot, share_of_groups
 from dyncore.nn.full_precision import full_precision
 from dyncore.nn.gates import ThresholdGate, expect_temperature, scalar, shown
+from dyncore.nn.inputs import expect_rows
 from dyncore.ops import gather_rows, grouped_linear, scatter_rows
 from dyncore.plan import Plan, route, route_mask, select
 
@@ -177,10 +178,7 @@ class ACMLinear(DynamicLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Rows x [..., K] to rows [..., N]."""
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
-        if x.dim() < 2 or x.shape[-1] != self.in_features:
-            raise ValueError(f"x: expected shape [..., {self.in_features}], got {list(x.shape)}")
+        expect_rows(x, self.in_features, self.weight)
         count = self.num_learners
         mask, scale = decide_groups(self.gate, x, count)
         plan = route_mask(mask, scale)

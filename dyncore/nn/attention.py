@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dyncore.nn.cache import KeyValueCache
+from dyncore.nn.inputs import called, expect_sequences
 from dyncore.nn.mlp import MLP
 from dyncore.ops import attention
 
@@ -88,7 +89,8 @@ class Attention(nn.Module):
         """Tokens x [B, N, D] to [B, N, D]; the other arguments are those of the token protocol, and sizes [B, N]: how
         many tokens each stands for (see `TokenMerge`)."""
         source = x if context is None else context
-        q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        expect_sequences(x)
+        q = called("q", self.q, x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k, v = (t.unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2) for t in self.kv(source).chunk(2, dim=-1))
         start = 0 if cache is None else cache.seen
         at = _places(x, start) if positions is None else positions
@@ -170,7 +172,9 @@ class TransformerBlock(nn.Module):
         sizes: Tensor | None = None,
     ) -> Tensor:
         """Tokens x [B, N, D] to [B, N, D]; the other arguments are those of the token protocol and of `Attention`."""
+        expect_sequences(x, self.dim)
         if context is not None:
             context = self.norm_attention(context)
-        h = x + self.attention(self.norm_attention(x), positions, live, context, cache, sizes)
+        normed = called("norm_attention", self.norm_attention, x)
+        h = x + self.attention(normed, positions, live, context, cache, sizes)
         return h + self.mlp(self.norm_mlp(h))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dyncore.execution import mode
+from dyncore.nn.inputs import expect_input
 from dyncore.ops import scatter_rows
 from dyncore.plan import Plan, holds, is_eager_cpu, select, select_topk, vmap_level
 
@@ -43,6 +44,7 @@ Gating = Callable[[Tensor], Any]  # a gate: x -> Decision, (mask, scale) or mask
 
 def decide(gate: Gating, x: Tensor) -> Decision:
     """The gate's decision on `x`, checked: TypeError or ValueError on a mask or scale that does not fit x."""
+    expect_input(x)
     result = gate(x)
     if isinstance(result, Tensor):
         decision = Decision(result)

@@ -24,6 +24,7 @@ from dyncore.nn.base import (
 )
 from dyncore.nn.choices import Routing, choose, share, shares
 from dyncore.nn.gates import Movable, expect_number, scalar, shown
+from dyncore.nn.inputs import called, expect_input
 from dyncore.ops import gather_rows, scatter_rows
 from dyncore.plan import Plan, route_mask
 
@@ -125,7 +126,8 @@ class Branch(DynamicLayer):
     def _run(self, g: int, piece: Tensor) -> Tensor:
         if not piece.shape[0]:  # many modules refuse an empty batch
             return linked(piece, self.branches[g])
-        return expect_like(f"branches[{g}]", self.branches[g](piece), piece)
+        name = f"branches[{g}]"
+        return expect_like(name, called(name, self.branches[g], piece), piece)
 
     def _live(self, rows: Tensor, y: Tensor, plan: Plan) -> Tensor:
         """Rows [T, D] as they leave, from the slots y [A, D] of an exact plan."""
@@ -213,7 +215,8 @@ class Hierarchy(Movable, DynamicLayer):
         Args:
             group: integer [B], whose classifier runs for each sample, as in training; None: as the threshold says.
         """
-        logits = self.coarse(x)
+        expect_input(x)
+        logits = called("coarse", self.coarse, x)
         groups = len(self.fine)
         if logits.shape != (x.shape[0], groups):
             raise ValueError(f"coarse: expected logits {[x.shape[0], groups]}, got {list(logits.shape)}")
@@ -244,7 +247,7 @@ class Hierarchy(Movable, DynamicLayer):
         return torch.cat(columns, 1).index_select(1, self._column)
 
     def _classify(self, g: int, piece: Tensor) -> Tensor:
-        logits = self.fine[g](piece)
+        logits = called(f"fine[{g}]", self.fine[g], piece)
         if logits.shape != (piece.shape[0], self.sizes[g]):
             wanted = [piece.shape[0], self.sizes[g]]
             raise ValueError(f"fine[{g}]: expected logits {wanted}, got {list(logits.shape)}")

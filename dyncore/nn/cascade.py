@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dyncore.nn import exits
 from dyncore.nn.base import expect_callable
 from dyncore.nn.early_exit import Costs, ExitLayer, Running
+from dyncore.nn.inputs import called
 
 
 class Cascade(ExitLayer):
@@ -49,7 +50,9 @@ class Cascade(ExitLayer):
             return self.every_exit(*args, **kwargs)
         run = 0
         for model in self.models:
-            args, kwargs = running.visit(run, logits_of(model(*args, **kwargs)), (args, kwargs))
+            args, kwargs = running.visit(
+                run, logits_of(called(f"models[{run}]", model, *args, **kwargs)), (args, kwargs)
+            )
             run += 1
             if running.nobody:
                 break
@@ -58,7 +61,7 @@ class Cascade(ExitLayer):
 
     def every_exit(self, *args: Any, **kwargs: Any) -> list[Tensor]:
         """Logits [B, C] of all models, each run on all samples."""
-        return [logits_of(model(*args, **kwargs)) for model in self.models]
+        return [logits_of(called(f"models[{i}]", model, *args, **kwargs)) for i, model in enumerate(self.models)]
 
 
 def logits_of(output: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dyncore.nn.inputs import expect_input
 from dyncore.plan import is_eager_cpu
 
 
@@ -49,6 +50,7 @@ def choose(router: Routing, x: Tensor, num_groups: int, name: str = "router") ->
 
     Raises TypeError on anything else, ValueError on shapes that do not fit x and G, IndexError on an index >= G.
     """
+    expect_input(x)
     result = router(x)
     parts = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     first, weight = parts

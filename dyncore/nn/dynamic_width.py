@@ -19,6 +19,7 @@ from dyncore.nn.base import Decision, DynamicLayer, Gating, expect_callable, exp
 from dyncore.nn.experts import ExpertWeights
 from dyncore.nn.full_precision import full_precision
 from dyncore.nn.gates import ThresholdGate
+from dyncore.nn.inputs import expect_rows
 from dyncore.nn.mlp import ACTIVATIONS, MLP
 from dyncore.ops import grouped_mlp
 from dyncore.ops.autograd import wants_grad
@@ -185,11 +186,8 @@ class BlockMLP(DynamicLayer):
         return F.linear(hidden, self.w_out) + weight[..., 0, :] * self.b_out
 
     def expect_rows(self, x: Tensor) -> None:
-        """Raises unless x is a tensor [..., H]."""
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
-        if x.dim() < 2 or x.shape[-1] != self.dim:
-            raise ValueError(f"x: expected shape [..., {self.dim}], got {list(x.shape)}")
+        """Raises unless x is a tensor [..., H] of the weights' dtype and device."""
+        expect_rows(x, self.dim, self.w_in)
 
     @torch.no_grad()
     def fill(self, weights: ExpertWeights, order: Tensor | None = None) -> None:

@@ -7,7 +7,6 @@ of the samples that go on is compacted between stages, all its tensors together.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from dyncore.execution import mode
 from dyncore.nn import exits
 from dyncore.nn.base import DynamicLayer, expect_callable, linked
+from dyncore.nn.inputs import called, takes
 from dyncore.ops import compact
 from dyncore.plan import countable, route_mask, select
 
@@ -170,12 +170,6 @@ def zeroed(tree: Any, live: Tensor) -> Any:
     return pytree.tree_map_only(Tensor, zero, tree)
 
 
-def takes(module: nn.Module, name: str) -> bool:
-    """Whether the module's forward has a parameter of that name."""
-    module = getattr(module, "_orig_mod", module)  # of torch.compile
-    return name in inspect.signature(module.forward).parameters
-
-
 class EarlyExit(ExitLayer):
     """A network that samples leave at the first exit k with confidence >= threshold (MSDNet, Huang 2018; BranchyNet,
     Teerapittayanon 2016): k* = min{k : conf(z_k) >= theta_k}, the last exit answering whoever comes to it.
@@ -232,7 +226,7 @@ class EarlyExit(ExitLayer):
             return self.every_exit(x)
         state, previous, run = x, None, 0
         for k, (stage, head) in enumerate(zip(self.stages, self.heads, strict=True)):
-            state = stage(state)
+            state = called(f"stages[{k}]", stage, state)
             previous = self._logits(k, head, state, previous)
             state, previous = running.visit(k, previous, (state, previous))
             run += 1
@@ -246,9 +240,10 @@ class EarlyExit(ExitLayer):
         (state,) = args
         found: list[Tensor] = []
         for k, (stage, head) in enumerate(zip(self.stages, self.heads, strict=True)):
-            state = stage(state)
+            state = called(f"stages[{k}]", stage, state)
             found.append(self._logits(k, head, state, found[-1] if found else None))
         return found
 
     def _logits(self, k: int, head: nn.Module, state: Any, previous: Tensor | None) -> Tensor:
-        return head(state, previous=previous) if self._chained[k] else head(state)
+        options = {"previous": previous} if self._chained[k] else {}
+        return called(f"heads[{k}]", head, state, **options)

@@ -21,13 +21,15 @@ def full_precision(layer: Callable[[Tensor], Tensor], x: Tensor, name: str = "sc
     """layer(x) in at least float32 whatever autocast says: a score decides, so its rounding must not.
 
     Raises ValueError, about `name`, where the layer is a Linear, or a Sequential that begins with one, of another width
-    than x.
+    or on another device than x.
     """
     first: object = layer
     if isinstance(layer, nn.Sequential) and layer.__class__ is nn.Sequential and len(layer):
         first = layer[0]
     if isinstance(first, nn.Linear) and first.__class__ is nn.Linear and x.shape[-1:] != (first.in_features,):
         raise ValueError(f"{name}: expected rows of its width {first.in_features}, got shape {list(x.shape)}")
+    if isinstance(first, nn.Linear) and x.device != first.weight.device:
+        raise ValueError(f"{name}: expected rows on its device {first.weight.device}, got some on {x.device}")
     wide = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         if isinstance(layer, nn.Linear) and not isinstance(layer, nn.LazyLinear):

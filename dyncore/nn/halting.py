@@ -18,10 +18,16 @@ from dyncore.nn.base import DynamicLayer, expect_callable, expect_choice, expect
 from dyncore.nn.choices import share, shares
 from dyncore.nn.gates import Gate, Movable, expect_share, scalar, shown
 from dyncore.nn.halting_steps import Outcome, attend, by_compaction, every_step, in_place, looks_across, over
+from dyncore.nn.inputs import called, expect_input
 from dyncore.plan import countable, route_mask
 
 HALTING = ("act", "ponder")
 ATTENTION = ("selected", "all_keys")
+# what states of so many dimensions, whose first is the batch, may have been meant to be
+_ROWS = {
+    3: "where x is [B, S, D], tokens=True lets tokens halt, pool=gates.pool_tokens whole samples",
+    4: "where x is [B, C, H, W], spatial=True lets positions halt, pool=gates.pool_spatial whole samples",
+}
 
 
 class FeatureScore(nn.Module):
@@ -136,8 +142,9 @@ class AdaptiveDepth(Movable, DynamicLayer):
         """x after the steps of each row, in the shape and dtype of x; all states [K, ...] for "ponder" in training."""
         lead_dims = 3 if self.spatial else 2 if self.tokens else 1
         wanted = "[B, C, H, W]" if self.spatial else "[B, S, D]" if self.tokens else "[B, ...]"
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
+        expect_input(x)
+        if x.device != self.epsilon.device:
+            raise ValueError(f"x: expected a tensor on {self.epsilon.device}, as the layer is, got one on {x.device}")
         if x.dim() <= lead_dims or (lead_dims > 1 and x.dim() != lead_dims + 1):
             raise ValueError(f"x: expected shape {wanted}, got {list(x.shape)}")
         whole = x.permute(0, 2, 3, 1) if self.spatial else x
@@ -184,13 +191,13 @@ class AdaptiveDepth(Movable, DynamicLayer):
             if self.tokens:
                 return expect_like(name, attend(block, x, live, self.attention == "all_keys"), x)
             image = x.movedim(-1, 1)
-            return expect_like(name, block(image, mask=live), image).movedim(1, -1)
+            return expect_like(name, called(name, block, image, mask=live), image).movedim(1, -1)
         if live is not None:
             x = torch.where(over(live, x), x, 0)
         if self.spatial:
             image = x.t()[None, :, :, None]
-            return expect_like(name, block(image), image)[0, :, :, 0].t()
-        return expect_like(name, block(x), x)
+            return expect_like(name, called(name, block, image), image)[0, :, :, 0].t()
+        return expect_like(name, called(name, block, x), x)
 
     def _rule(self, n: int, x: Tensor, total: Tensor, bound: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(share of step n in the mean, or its probability; who halts; total of the shares so far) for states x."""
@@ -198,7 +205,9 @@ class AdaptiveDepth(Movable, DynamicLayer):
             return 1 - total, torch.ones_like(total, dtype=torch.bool), total
         logits: Tensor = self.halt[min(n, len(self.halt) - 1)].logits(x)  # type: ignore[operator]
         if logits.shape != total.shape:
-            how = "samples want pool=; rows that are tokens or positions tokens=True or spatial=True"
+            how = _ROWS.get(
+                x.dim() if total.dim() == 1 else 0, "rows that are tokens or positions: tokens= or spatial=True"
+            )
             raise ValueError(f"halt: expected logits {[*total.shape, 1]}, got {[*logits.shape, 1]} ({how})")
         share = torch.sigmoid(logits).to(total.dtype)
         if self.halting == "ponder":

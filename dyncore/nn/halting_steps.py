@@ -6,8 +6,7 @@ the total of the halting scores. Floor 4.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from dyncore.execution import mode
 from dyncore.nn.base import expect_like, first_live
+from dyncore.nn.inputs import called, takes
 from dyncore.ops import compact, expand
 from dyncore.plan import countable, select
 
@@ -116,13 +116,6 @@ def every_step(x: Tensor, bound: Tensor, num_steps: int, step: Step, rule: Rule)
     return torch.stack(states), torch.stack(halting)
 
 
-def _takes(block: nn.Module, names: Iterable[str]) -> bool:
-    """Whether the block's forward has all these parameters."""
-    block = getattr(block, "_orig_mod", block)  # of torch.compile
-    parameters = inspect.signature(block.forward if isinstance(block, nn.Module) else block).parameters
-    return all(name in parameters for name in names)
-
-
 def _mixer(block: nn.Module, spatial: bool) -> str | None:
     """The name of a part of `block` that plainly looks across tokens, or across positions if `spatial`."""
     for part in block.modules() if isinstance(block, nn.Module) else ():
@@ -143,7 +136,7 @@ def looks_across(blocks: Sequence[nn.Module], tokens: bool, spatial: bool, atten
     names = ["mask"] if spatial else ["positions", "live"]
     if tokens and attention == "all_keys":
         names.append("context")
-    able = [_takes(block, names) for block in blocks]
+    able = [all(takes(block, name) for name in names) for block in blocks]
     wanted = " and ".join(f"{name}=" for name in names)
     if "context" in names and not all(able):
         raise ValueError(f"blocks: expected blocks that take {wanted} for all_keys, got {able.count(False)} others")
@@ -159,12 +152,12 @@ def attend(block: nn.Module, x: Tensor, live: Tensor, all_keys: bool) -> Tensor:
     """The block on the live tokens of x [B, S, D], by the token protocol; what it gives for others is of no use."""
     context = {"context": x} if all_keys else {}
     if mode() == "masked" or not countable(x):
-        return block(torch.where(over(live, x), x, 0), positions=None, live=live, **context)
+        return called("blocks", block, torch.where(over(live, x), x, 0), positions=None, live=live, **context)
     batch, seq, width = x.shape
     counts = live.sum(1)
     shortest, longest = int(counts.min()), int(counts.max())
     if shortest == seq:
-        return block(x, positions=None, live=None)
+        return called("blocks", block, x, positions=None, live=None)
     rows, plan = x.reshape(batch * seq, width), first_live(live, longest)
     tokens, used = compact(rows, plan), None
     if shortest < longest:
@@ -172,5 +165,5 @@ def attend(block: nn.Module, x: Tensor, live: Tensor, all_keys: bool) -> Tensor:
         tokens = torch.where(used[:, None], tokens, 0)
         used = used.view(batch, longest)
     tokens = tokens.view(batch, longest, width)
-    y = block(tokens, positions=(plan.rows % seq).view(batch, longest), live=used, **context)
+    y = called("blocks", block, tokens, positions=(plan.rows % seq).view(batch, longest), live=used, **context)
     return expand(expect_like("blocks", y, tokens).reshape(-1, width), plan, rows).view(x.shape)

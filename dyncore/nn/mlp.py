@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from dyncore import activations
 from dyncore.nn.base import expect_choice
+from dyncore.nn.inputs import called
 
 ACTIVATIONS = (*activations.ELEMENTWISE, *activations.GATED)
 
@@ -26,7 +27,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Rows x [..., H] to rows [..., H]."""
-        return self.w_out(activations.hidden(self.w_in(x), self.activation))
+        return self.w_out(activations.hidden(called("w_in", self.w_in, x), self.activation))
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"

@@ -15,6 +15,7 @@ from dyncore.nn import losses
 from dyncore.nn.base import DynamicLayer, expect_choice, expect_recorded
 from dyncore.nn.experts import ExpertWeights, read_expert, write_expert
 from dyncore.nn.full_precision import full_precision
+from dyncore.nn.inputs import expect_rows
 from dyncore.nn.mlp import ACTIVATIONS, MLP
 from dyncore.ops import grouped_mlp
 from dyncore.ops.packed import PackedMLP, grouped_mlp_packed
@@ -133,10 +134,7 @@ class MoE(DynamicLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens x [..., H] to [..., H], in the dtype of x."""
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
-        if x.dim() < 2 or x.shape[-1] != self.dim:
-            raise ValueError(f"x: expected shape [..., {self.dim}], got {list(x.shape)}")
+        expect_rows(x, self.dim, self.w_in)
         rows = x.reshape(math.prod(x.shape[:-1]), self.dim)
         logits = full_precision(self.router, rows, "router")
         if logits.shape != (rows.shape[0], self.num_experts):

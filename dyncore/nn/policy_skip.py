@@ -19,6 +19,7 @@ from dyncore.nn.base import (
     linked,
 )
 from dyncore.nn.choices import Choices, Routing, choose, share, shares
+from dyncore.nn.inputs import called
 from dyncore.plan import route_mask
 
 
@@ -106,7 +107,8 @@ class PolicySkip(DynamicLayer):
         if not live.shape[0]:  # many modules refuse an empty batch
             return linked(live, self.blocks[k])
         shaped = live.view(live.shape[0], *row_shape)
-        return expect_like(f"blocks[{k}]", self.blocks[k](shaped), shaped).reshape(live.shape)
+        name = f"blocks[{k}]"
+        return expect_like(name, called(name, self.blocks[k], shaped), shaped).reshape(live.shape)
 
     def extra_repr(self) -> str:
         return f"returns={self.returns}"

@@ -25,6 +25,7 @@ from dyncore.nn.base import (
     merge,
     plan_of,
 )
+from dyncore.nn.inputs import called
 from dyncore.ops import gather_rows
 from dyncore.plan import holds
 
@@ -124,7 +125,7 @@ class Skip(DynamicLayer):
         if holds(live.shape[0] == 0):  # many modules refuse an empty batch
             return linked(live, self.module)
         shaped = live.view(live.shape[0], *row_shape)
-        return expect_like("module", self.module(shaped), shaped).reshape(live.shape)
+        return expect_like("module", called("module", self.module, shaped), shaped).reshape(live.shape)
 
     def extra_repr(self) -> str:
         return f"returns={self.returns}"

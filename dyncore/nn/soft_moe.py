@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dyncore import activations
 from dyncore.nn.base import DynamicLayer, executed, expect_choice, expect_size, linked
 from dyncore.nn.full_precision import full_precision
+from dyncore.nn.inputs import expect_rows
 from dyncore.nn.mlp import ACTIVATIONS
 from dyncore.ops import grouped_mlp
 from dyncore.plan import route, select
@@ -87,10 +88,7 @@ class SoftMoE(DynamicLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens x [..., S, H] of sequences to [..., S, H]."""
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
-        if x.dim() < 2 or x.shape[-1] != self.dim:
-            raise ValueError(f"x: expected shape [..., S, {self.dim}], got {list(x.shape)}")
+        expect_rows(x, self.dim, self.w_in, "..., S")
         plan = select(torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device))
         self.record(plan, functools.partial(executed, plan, x.shape[:-1]))
         batch = math.prod(x.shape[:-2])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dyncore.nn.base import DynamicLayer, executed
 from dyncore.nn.gates import Capacity, Gate
+from dyncore.nn.inputs import expect_sequences
 from dyncore.ops import compact, expand, scatter_rows
 from dyncore.ops.autograd import wants_grad
 from dyncore.plan import Plan, select, select_topk
@@ -35,14 +36,6 @@ def _expect_first(keep_first: int) -> int:
     if keep_first < 0:
         raise ValueError(f"keep_first: expected an int >= 0, got {keep_first}")
     return keep_first
-
-
-def _expect_sequences(x: Tensor) -> tuple[int, int]:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
-    if x.dim() != 3:
-        raise ValueError(f"x: expected shape [B, S, D], got {list(x.shape)}")
-    return x.shape[0], x.shape[1]
 
 
 class LocalGlobalScore(nn.Module):
@@ -98,7 +91,8 @@ class TokenDrop(DynamicLayer, Gate):
 
     def forward(self, x: Tensor) -> Tensor:
         """The kept tokens [B, K, D] of x [B, S, D]."""
-        batch, seq = _expect_sequences(x)
+        expect_sequences(x)
+        batch, seq = x.shape[:2]
         first, count = self._counts(seq)
         logits = self.logits(x)
         rank = logits.detach()
@@ -206,7 +200,8 @@ class TokenMerge(DynamicLayer):
         sizes [B, S] is how many tokens each of x stands for (1 if None), metric [B, S, C] what to compare (the paper
         takes the keys of the attention before; x if None).
         """
-        batch, seq = _expect_sequences(x)
+        expect_sequences(x)
+        batch, seq = x.shape[:2]
         for name, t, dims in (("sizes", sizes, 2), ("metric", metric, 3)):
             if t is not None and (t.dim() != dims or t.shape[:2] != x.shape[:2]):
                 shape = f"[{batch}, {seq}" + (", C]" if dims == 3 else "]")

@@ -7,7 +7,6 @@ The selected tokens of each sequence are gathered side by side, the block runs o
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 
 import torch
@@ -37,6 +36,7 @@ from dyncore.nn.base import (
 from dyncore.nn.cache import KeyValueCache
 from dyncore.nn.full_precision import full_precision
 from dyncore.nn.gates import Capacity, Movable, scalar
+from dyncore.nn.inputs import called, expect_sequences, takes
 from dyncore.ops import gather_rows
 from dyncore.plan import Plan, holds, select_topk
 
@@ -50,14 +50,6 @@ ROUTER_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 # the block on tokens [B, N, D], their positions or None for all, which are live or None for all, and the context
 Call = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
-
-
-def _accepted(block: nn.Module) -> tuple[str, ...]:
-    """Which names of the token protocol the block's forward has. That it takes any keyword says nothing: blocks of
-    transformers do, and swallow what they do not know."""
-    block = getattr(block, "_orig_mod", block)  # of torch.compile
-    parameters = inspect.signature(block.forward if isinstance(block, nn.Module) else block).parameters
-    return tuple(name for name in ("positions", "live", "context", "cache") if name in parameters)
 
 
 def _width(block: nn.Module) -> int:
@@ -84,7 +76,7 @@ class _TokenLayer(DynamicLayer):
             expect_batch_first("block", block)
         self.block = block
         self.returns: str = expect_choice("returns", returns, RETURNS)
-        self._names = _accepted(block)
+        self._names = tuple(name for name in ("positions", "live", "context", "cache") if takes(block, name))
 
     def _by_decision(self, x: Tensor, decision: Decision, call: Call, start: int = 0) -> Tensor:
         mask, scale, count = decision
@@ -149,19 +141,13 @@ class _TokenLayer(DynamicLayer):
                 positions = torch.arange(cache.seen, cache.seen + tokens.shape[1], device=tokens.device)
                 positions = positions.expand(tokens.shape[:2])
             protocol = {"positions": positions, "live": live, "context": context, "cache": cache}
-            return expect_like("block", self.block(tokens, **{name: protocol[name] for name in self._names}), tokens)
+            y = called("block", self.block, tokens, **{name: protocol[name] for name in self._names})
+            return expect_like("block", y, tokens)
 
         return call
 
     def extra_repr(self) -> str:
         return f"returns={self.returns}"
-
-
-def _expect_sequences(x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
-    if x.dim() != 3:
-        raise ValueError(f"x: expected shape [B, S, D], got {list(x.shape)}")
 
 
 class TokenSkip(_TokenLayer):
@@ -199,7 +185,7 @@ class TokenSkip(_TokenLayer):
     def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Sequences x [B, S, D] with the selected tokens through the block, the others as they are. With a cache x are
         the tokens that follow those of earlier calls with it: prefill and decoding give what one call on all gives."""
-        _expect_sequences(x)
+        expect_sequences(x)
         decision = decide(self.gate, x)
         if decision.mask.dim() != 2:
             raise ValueError(f"gate: expected a mask [B, S], got shape {list(decision.mask.shape)}")
@@ -271,7 +257,7 @@ class MixtureOfDepths(Capacity, Movable, _TokenLayer):
     def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Sequences x [B, S, D] with the chosen tokens through the block, the others as they are. A cache as in
         `TokenSkip`, for the causal modes of inference."""
-        _expect_sequences(x)
+        expect_sequences(x)
         if cache is not None and (self.training or self.inference == "topk"):
             how = "training" if self.training else "inference='topk'"
             raise ValueError(f"cache: expected None where tokens are compared with later ones, got a cache in {how}")

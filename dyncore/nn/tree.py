@@ -13,6 +13,7 @@ from dyncore import activations
 from dyncore.nn.base import DynamicLayer, expect_choice, expect_size
 from dyncore.nn.dynamic_width import every_slot, share_of_groups
 from dyncore.nn.full_precision import full_precision
+from dyncore.nn.inputs import expect_rows
 from dyncore.nn.mlp import ACTIVATIONS
 from dyncore.ops import grouped_mlp, tree_route
 from dyncore.ops.autograd import wants_grad
@@ -95,10 +96,7 @@ class TreeMLP(DynamicLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Rows x [..., H] to rows [..., H]."""
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
-        if x.dim() < 2 or x.shape[-1] != self.dim:
-            raise ValueError(f"x: expected shape [..., {self.dim}], got {list(x.shape)}")
+        expect_rows(x, self.dim, self.w_in)
         rows = x.reshape(math.prod(x.shape[:-1]), self.dim)
         nodes = self.nodes
         if self.training and self.soft and nodes is not None:

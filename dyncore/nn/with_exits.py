@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from dyncore.nn.base import DynamicLayer, expect_choice
 from dyncore.nn.cascade import logits_of
-from dyncore.nn.early_exit import Costs, ExitLayer, Running, takes
+from dyncore.nn.early_exit import Costs, ExitLayer, Running
+from dyncore.nn.inputs import takes
 
 POOLS = ("mean", "first", "last")
 Path = tuple[str | int, ...]

@@ -434,7 +434,7 @@ def test_costs_weigh_the_steps():
         (
             lambda: dc.nn.AdaptiveDepth(chain(3), D)(torch.randn(4, 5, D)),
             ValueError,
-            r"halt: expected logits \[4, 1\], got \[4, 5, 1\] \(samples want pool=; .* tokens=True",
+            r"halt: expected logits \[4, 1\], got \[4, 5, 1\] \(where x is \[B, S, D\], tokens=True lets tokens halt",
         ),
         (
             lambda: dc.nn.AdaptiveDepth([nn.Linear(D, 3), nn.Linear(3, D)], D)(torch.randn(4, D)),
