@@ -71,8 +71,9 @@ def _compiled(module: object) -> bool:
 class _Measuring:
     """One call of savings, which fills the fields of a `Savings` one after the other."""
 
-    def __init__(self, call: Call, names: Sequence[str], seconds: float, min_rounds: int) -> None:
+    def __init__(self, call: Call, names: Sequence[str], seconds: float, min_rounds: int, cold: bool) -> None:
         self.call, self.names, self.seconds, self.min_rounds = call, names, seconds, min_rounds
+        self.cold = cold
         self.calls: dict[str, Call] = {"sparse": call}
         self.compiled: bool = _compiled(call.module)
         self.fields: dict[str, Any] = {}
@@ -196,7 +197,7 @@ class _Measuring:
         return "dense" if "dense" in self.calls else "masked"
 
     def time(self) -> dict[str, Timing]:
-        times, others = timer(self.calls, self.call.device), OtherWork()
+        times, others = timer(self.calls, self.call.device, cold=self.cold), OtherWork()
         options = {"min_rounds": self.min_rounds, "max_rounds": max(_ROUNDS, self.min_rounds)}
         timings = times.run(seconds=self.seconds, limit=10 * self.seconds, **options)
         for _ in range(2):
@@ -221,7 +222,7 @@ class _Measuring:
             if share not in shares.values():
                 shares[f"{keep:g}"] = share
                 calls[f"{keep:g}"] = self.call.of(twin)
-        times = timer(calls, self.call.device)
+        times = timer(calls, self.call.device, cold=self.cold)
         rounds = min(self.min_rounds, 5)
         found = times.run(seconds=self.seconds / 2, min_rounds=rounds, max_rounds=300, limit=5 * self.seconds)
         self.fields["sweep"] = GateSweep(
@@ -268,7 +269,10 @@ class _Measuring:
         def run(call: Call) -> Result:
             return call()
 
-        times = timer(dict.fromkeys(calls, run), self.call.device, lambda name, round: (calls[name][round % count],))
+        def sample(name: str, round: int) -> tuple[Any, ...]:
+            return (calls[name][round % count],)
+
+        times = timer(dict.fromkeys(calls, run), self.call.device, sample, cold=self.cold)
         rounds = min(self.min_rounds, 5)
         self.fields["batch_1"] = times.run(seconds=self.seconds / 4, min_rounds=rounds, limit=5 * self.seconds)
 
@@ -345,6 +349,7 @@ class _Measuring:
             "device": str(self.call.device),
             "phase": "forward+backward" if self.call.backward else "forward",
             "threads": torch.get_num_threads(),
+            "cold": self.cold,
         }
 
 
@@ -358,6 +363,7 @@ def savings(
     seconds: float = 2.0,
     min_rounds: int = 5,
     tolerance: float | None = None,
+    cold: bool | None = None,
     details: bool = True,
 ) -> Savings:
     """FLOPs and wall clock of `module` on `inputs`, skipping for real, against what would be computed without it.
@@ -381,6 +387,8 @@ def savings(
             2% then, it takes twice as long.
         tolerance: largest error over max(rms, |value|) at which the modes agree; by default that of one op in the
             module's dtype, which a deep network in 16 bits may exceed.
+        cold: whether caches are swept before each sample, so that weights come from memory as in a deep model; None: on
+            a GPU, but not on a CPU, where a module runs in the caches that it finds.
         details: whether the break-even, stages, ceilings, memory, latency and energy are measured, too, which takes
             about as long again.
 
@@ -397,8 +405,8 @@ def savings(
     if isinstance(baselines, str) or any(name not in BASELINES for name in baselines):
         raise ValueError(f"baselines: expected some of {', '.join(BASELINES)}, got {baselines!r}")
     call = Call(module, inputs, dict(kwargs or {}), "sparse", backward)
-    measuring = _Measuring(call, baselines, seconds, min_rounds)
     device = call.device
+    measuring = _Measuring(call, baselines, seconds, min_rounds, device.type == "cuda" if cold is None else cold)
     with ExitStack() as stack:
         stack.enter_context(preserved(module))
         stack.enter_context(preserved(dense))

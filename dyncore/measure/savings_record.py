@@ -96,7 +96,8 @@ class Savings:
         flops, timings: by name: "sparse", and of the baselines "masked", "dense", "naive", "smaller" those that could
             be made. FLOPs are ints, of `savings` such as `flops` gives: with `by_module`.
         baseline: what the ratios are against: "dense" where there is one, else "masked".
-        about: the module's class, its dtype, device, phase ("forward" or "forward+backward") and threads.
+        about: the module's class, its dtype, device, phase ("forward" or "forward+backward"), threads, and
+            whether caches were cold.
         made: baseline -> how it was made. unavailable: what was not measured -> why.
         sweep: over the share that gates let through; None where they cannot be forced.
         stages: name -> share of the time of a call: deciding, compacting, gathering, computing, scattering, and

@@ -1,7 +1,8 @@
 """Timing that can be believed: variants interleaved, medians with their spread, cold weights.
 
 Rivals are timed in the same rounds, so that a machine that slows down slows them all; the order turns from round to
-round, so that nobody always runs in the caches another left behind.
+round, so that nobody always runs in the caches another left behind. (torch.utils.benchmark and triton.testing time one
+variant after the other: what changes in between is taken for their difference.)
 """
 
 from __future__ import annotations
@@ -207,10 +208,24 @@ def timer(
     variants: Mapping[str, Callable[..., Any]],
     device: torch.device,
     arguments: Callable[[str, int], tuple[Any, ...]] = _no_arguments,
+    cold: bool = False,
 ) -> Interleaved:
-    """What times modules on a device: the wall clock on a CPU, events around cold calls on a CUDA device."""
-    kind = InterleavedCold if device.type == "cuda" else Interleaved
-    return kind(variants, arguments=arguments)
+    """What times modules on a device, with `cold` caches behind a sweep over twice their size: by the wall clock, and
+    by events where the cache is that of a CUDA device."""
+    if device.type == "cuda":
+        if cold:
+            return InterleavedCold(variants, arguments=arguments)
+        return Interleaved(variants, arguments=arguments, synchronize=torch.cuda.synchronize)
+    if not cold:
+        return Interleaved(variants, arguments=arguments)
+    swept = torch.zeros(2 * last_level_cache(), dtype=torch.uint8, device="cpu")
+
+    def behind_a_sweep(name: str, round: int) -> tuple[Any, ...]:
+        found = arguments(name, round)
+        swept.add_(1)
+        return found
+
+    return Interleaved(variants, arguments=behind_a_sweep)
 
 
 def storage_bytes(tree: Any) -> int:

@@ -180,6 +180,23 @@ def test_on_a_gpu_samples_are_cold_and_lie_between_events(monkeypatch):
     assert timer.timings()["a"].samples_ns == (500_000,)
 
 
+def test_on_a_cpu_caches_are_swept_before_a_sample_where_asked_for(monkeypatch):
+    module = sys.modules["dyncore.measure.timing"]
+    monkeypatch.setattr(module, "last_level_cache", lambda: 1000)
+    buffers, zeros = [], torch.zeros
+    monkeypatch.setattr(
+        module.torch, "zeros", lambda *args, **kwargs: buffers.append(zeros(*args, **kwargs)) or buffers[0]
+    )
+    seen = []
+    timer = module.timer(
+        {"a": lambda n: seen.append((n, int(buffers[0][-1])))}, torch.device("cpu"), lambda name, r: (r,), cold=True
+    )
+    timer.round()
+    timer.round()
+    assert buffers[0].shape == (2000,)
+    assert seen == [(0, 1), (1, 2)]
+
+
 def test_host_syncs_are_torchs_warnings(monkeypatch):
     modes = ["default"]
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
