@@ -38,7 +38,10 @@ class Blocks(Forced):
 
 
 class Counts(Forced):
-    """The first few of each row's learners, behind the gate that would count them: `keep` of them on average."""
+    """The first few of each row's learners, behind the gate that would count them: `keep` of them on average.
+
+    Counts are three numbers in turn, equally often, the mean and its neighbours; two where there is no room for these.
+    """
 
     def __init__(self, keep: float, width: int = WIDTH) -> None:
         super().__init__(keep)
@@ -46,7 +49,9 @@ class Counts(Forced):
 
     def forward(self, x: Tensor) -> Tensor:
         self.gate(x)
-        counts = (self.keep * LEARNERS + self.draw(x.shape[:-1])).floor()
+        mean = self.keep * LEARNERS
+        apart = 1 if 1 <= mean <= LEARNERS - 1 else 0
+        counts = (mean - apart + (2 * apart + 1) * self.draw(x.shape[:-1])).floor()
         return torch.arange(LEARNERS) < counts[..., None]
 
 

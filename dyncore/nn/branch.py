@@ -43,6 +43,8 @@ def _pieces(rows: Tensor, row_shape: torch.Size, plan: Plan, mask: Tensor, count
     """The rows [T, D] that each group computes, of the shape [A_g, *row_shape]; all rows are not moved."""
     if counts is None:
         pieces = [torch.where(live[:, None], rows, 0) for live in mask.unbind(1)]
+    elif min(counts) == rows.shape[0]:
+        pieces = [rows] * len(counts)
     elif max(counts) == sum(counts) == rows.shape[0]:
         pieces = [rows[:count] for count in counts]
     else:
@@ -116,6 +118,8 @@ class Branch(DynamicLayer):
         ]
         if counts is None:
             y = self._all(rows, results, flat, flat_weight)
+        elif min(counts) == rows.shape[0]:
+            y = self._sum(rows, results, flat_weight)
         elif max(counts) == sum(counts) == rows.shape[0]:
             y = _weighted(torch.cat([y for y in results if y.shape[0]] or results), plan.scale)
             y = rows + y if self.returns == "update" else y
@@ -139,6 +143,20 @@ class Branch(DynamicLayer):
         if plan.num_slots == int(taken.sum()):  # no row has two slots: one pass over x, where the others take three
             return rows.index_copy(0, plan.rows.long(), _weighted(y, plan.scale))
         return torch.where(taken[:, None], scatter_rows(y, plan), rows)
+
+    def _sum(self, rows: Tensor, results: list[Tensor], weight: Tensor | None) -> Tensor:
+        """Rows [T, D] as they leave, where each takes every branch."""
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        total = rows.to(wide) if self.returns == "update" else None
+        for g, y in enumerate(results):
+            y = y.to(wide)
+            if weight is None:
+                total = y if total is None else total + y
+            else:
+                scale = weight[:, g, None].to(wide)
+                total = y * scale if total is None else torch.addcmul(total, y, scale)
+        assert total is not None
+        return total.to(rows.dtype)
 
     def _all(self, rows: Tensor, results: list[Tensor], mask: Tensor, weight: Tensor | None) -> Tensor:
         """Rows [T, D] as they leave, from what each branch made of all of them; `mask` [T, G] says where it counts."""

@@ -196,8 +196,9 @@ class Gate(Movable):
             return None
         if self.weight == "soft":
             return p
-        hard = mask.to(p.dtype)
-        return hard + (p - p.detach()) if wants_grad(p) else hard
+        if not wants_grad(p):
+            return None  # as good as 1 wherever the mask is True, and nothing has to be multiplied
+        return mask.to(p.dtype) + (p - p.detach())
 
     def extra_repr(self) -> str:
         return f"weight={self.weight}"

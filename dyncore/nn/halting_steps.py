@@ -75,7 +75,13 @@ def by_compaction(x: Tensor, bound: Tensor, num_steps: int, step: Step, rule: Ru
     rows = torch.cat([end[0] for end in ends])
     steps = torch.cat([torch.full_like(end[0], end[3]) for end in ends])
     back = torch.empty_like(rows).index_copy(0, rows, torch.arange(rows.shape[0], device=rows.device))
-    out, remainder = (torch.cat([end[i] for end in ends]).index_select(0, back) for i in (1, 2))  # type: ignore[misc]
+    remainder = torch.cat([end[2] for end in ends]).index_select(0, back)
+    if torch.is_grad_enabled():
+        out = torch.cat([end[1] for end in ends]).index_select(0, back)
+    else:  # one pass over memory less
+        out = ends[0][1].new_empty((rows.shape[0], *x.shape[1:]))
+        for at, part, _, _ in ends:
+            out.index_copy_(0, at, part)
     return Outcome(out, steps.index_select(0, back), remainder, ends[-1][3])
 
 

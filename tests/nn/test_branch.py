@@ -65,6 +65,21 @@ def test_all_rows_in_one_branch_are_exactly_that_branch_and_none_the_identity(mo
     assert not layer.last_cost.any()
 
 
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("returns", ["output", "update"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_where_all_rows_take_all_branches_none_are_moved(dtype, returns, weighted, monkeypatch):
+    x, mask = torch.randn(4, 7, D, dtype=dtype), torch.ones(4, 7, G, dtype=torch.bool)
+    weight = torch.rand(4, 7, G, dtype=dtype) if weighted else None
+    layer = dc.nn.Branch(chain(G), says((mask, weight)), returns=returns).to(dtype)
+    masked = run(layer, x, "masked")
+    monkeypatch.setattr("dyncore.nn.branch.gather_rows", None)
+    auto = run(layer, x, "auto")
+    torch.testing.assert_close(auto.out, masked.out)
+    for name, grad in masked.grads.items():
+        torch.testing.assert_close(auto.grads[name], grad, msg=name)
+
+
 def test_flops_are_those_of_the_slots():
     x, index = torch.randn(20, D), torch.arange(20) % 4 - 1
     layer = dc.nn.Branch(chain(G), says(index))
