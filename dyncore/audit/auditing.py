@@ -91,7 +91,12 @@ class _Auditing:
         self._add([layer for layer, _ in more])
         sparsity = {} if twin is None else self._sparsity(twin)
         with _countable():
-            self.about["flops"] = {"now": flops(self.inputs.call, self.model)}
+            counted = flops(self.inputs.call, self.model)
+        self.about["flops"] = {"now": int(counted)}
+        self.about["uncounted"] = dict(counted.uncounted)
+        if counted.uncounted:
+            calls = ", ".join(f"{name} x{count}" for name, count in counted.uncounted.items())
+            self.notes.append(f"not counted, for nobody knows their FLOPs: {calls}")
         if not self.about["flops"]["now"]:
             self.notes.append("no FLOPs were counted: the model has no matrix products, or ops that torch cannot count")
         for candidate in found:

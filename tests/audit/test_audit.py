@@ -253,6 +253,21 @@ def test_a_model_of_which_no_flop_is_counted_says_so():
     assert "no FLOPs were counted" in " ".join(found.notes)
 
 
+def test_ops_that_nobody_can_count_are_named():
+    @torch.library.custom_op("dyncore_audit_test::double", mutates_args=())
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    class Custom(nn.Linear):
+        def forward(self, x):
+            return double(super().forward(x))
+
+    found = audited(Custom(8, 8), torch.randn(4, 8))
+    assert found.model["flops"]["now"] == 2 * 4 * 8 * 8
+    assert found.model["uncounted"] == {"dyncore_audit_test::double": 1}
+    assert "not counted, for nobody knows their FLOPs: dyncore_audit_test::double x1" in str(found)
+
+
 def test_nothing_to_replace_is_said():
     found = audited(nn.Linear(8, 8), torch.randn(4, 8))
     assert found.layers == []
