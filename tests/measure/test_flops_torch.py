@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
+from torch.utils.flop_counter import flop_registry
 
 import dyncore as dc
 
@@ -53,9 +54,13 @@ def test_attention_of_a_cpu_counts_forward_and_backward():
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_counts_pairs():
+def test_flex_attention_counts_pairs_where_torch_does():
     q = torch.randn(1, 2, 16, 8)
-    assert flops(flex_attention, q, q, q) == 2 * 2 * 2 * 16 * 16 * 8
+    found = flops(flex_attention, q, q, q)
+    if torch.ops.higher_order.flex_attention in flop_registry:
+        assert (found, found.uncounted) == (2 * 2 * 2 * 16 * 16 * 8, {})
+    else:  # torch 2.11 has no formula
+        assert found.uncounted == {"higher_order::flex_attention": 1}
 
 
 @pytest.mark.parametrize(("kind", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
