@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dyncore as dc
 from dyncore.measure import Interleaved, new_results, write_results
 
+SCHEMA = "dyncore.flops_overhead/1"  # its variants are ways to count, not to compute
 DEFAULT = Path(__file__).parent / "results" / "flops_overhead.json"
 SIZES = ({"D": 512, "B": 4, "S": 256}, {"D": 64, "B": 4, "S": 16})
 
@@ -82,7 +83,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=DEFAULT)
     parser.add_argument("--seconds", type=float, default=8.0, help="of each size and phase")
     options = parser.parse_args()
-    results = new_results("python -m benchmarks.flops_overhead")
+    results = new_results("python -m benchmarks.flops_overhead") | {"schema": SCHEMA}
     for size in SIZES:
         for phase in ("forward", "training"):
             record = measured(size, phase, options.seconds)

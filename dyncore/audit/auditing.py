@@ -95,8 +95,8 @@ class _Auditing:
         self.about["flops"] = {"now": int(counted)}
         self.about["uncounted"] = dict(counted.uncounted)
         if counted.uncounted:
-            calls = ", ".join(f"{name} x{count}" for name, count in counted.uncounted.items())
-            self.notes.append(f"not counted, for nobody knows their FLOPs: {calls}")
+            names = ", ".join(f"{name} x{count}" for name, count in counted.uncounted.items())
+            self.notes.append(f"not counted, for nobody knows their FLOPs: {names}")
         if not self.about["flops"]["now"]:
             self.notes.append("no FLOPs were counted: the model has no matrix products, or ops that torch cannot count")
         for candidate in found:

@@ -24,7 +24,7 @@ from dyncore.report.documents import curves
 from dyncore.report.rivals import zeros_figure
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
-OTHERS = ("dyncore.zoo/1",)  # drawn by their example
+OTHERS = ("dyncore.zoo/1", "dyncore.flops_overhead/1")  # a report draws nothing of them
 DRAWN = ("speedup", "keep", "zeros", "rivals", "roofline", "stages", "sparsity", "ranks")
 FIGURES = (*DRAWN, "ranking", "disputed")
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4nGNgYGBgAAAABQABpfZFQAAAAABJRU5ErkJggg=="  # black
