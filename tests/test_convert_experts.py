@@ -315,3 +315,15 @@ def test_clusters_find_what_lies_together():
     order = balanced_clusters(centres[label] + 0.1 * torch.randn(60, 4), 6)
     assert sorted(order.tolist()) == [*range(60)]
     assert all(len(set(label[part].tolist())) == 1 for part in order.split(10))
+
+
+@pytest.mark.parametrize(("convert", "kind"), BOTH, ids=["moefy", "acmize"])
+def test_a_second_conversion_says_that_there_was_a_first(convert, kind):
+    net = nn.ModuleList([model(), nn.TransformerEncoderLayer(H, 2, I)]).eval()
+    names = [s.name for s in convert(net).swapped]
+    assert len(names) == 4
+    assert not any(m.training for m in net.modules())
+    again = convert(net)
+    assert again.swapped == ()
+    assert len(again.kept) == 4
+    assert {(k.kind, k.reason) for k in again.kept} == {(kind.__name__, "runs a part of its neurons already")}

@@ -51,9 +51,10 @@ def acmize(model: nn.Module, num_learners: int = 4, data: object = None, *, atte
     into `nn.ACMLinear`, if asked for.
 
     The learners of an ACM are slices of the dense layer's neurons, the most important first, so that all of them
-    together compute what the dense layer did, up to the order of sums. So they do until the gates are trained, which
-    say "all learners" of every row: train the model on with `losses.compute_target` of `collect_costs(model)` to learn
-    how many each row needs. The paper also distills each learner first.
+    together compute what the dense layer did, up to the order of sums. In evaluation they do so until the gates are
+    trained, which say "all learners" of every row; in training their noise takes fewer for one row in fifty. Train the
+    model on with `losses.compute_target` of `collect_costs(model)` to learn how many each row needs. The paper also
+    distills each learner first.
 
     Args:
         model: any module; known MLPs are those of `moefy`. Parameters keep their values, dtype and requires_grad, but

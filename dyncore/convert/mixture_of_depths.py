@@ -326,7 +326,8 @@ def mixture_of_depths(
     trainable: a dense model that was not trained for it loses quality until it is fine-tuned. Convert before wrapping
     the model (torch.compile, DistributedDataParallel) and give the optimizer the new Parameters. Layers are
     `nn.MixtureOfDepths`: `capacity` may be moved at run time, and `nn.collect_costs(model)` says what was computed.
-    output_hidden_states of transformers sees the chosen tokens alone in these layers.
+    output_hidden_states of transformers sees the chosen tokens alone in these layers. Routers see no padding mask: in a
+    padded batch filling competes for the capacity.
 
     Returns a Report of what was done. Raises TypeError or ValueError on arguments out of range, such as an `every`
     above the number of blocks.

@@ -148,9 +148,13 @@ class _Search:
         inside: set[int] = set()  # parts of what was found
         for name, module in self.model.named_modules():
             kind = f"{type(module).__module__}.{type(module).__qualname__}"
+            if id(module) not in inside and isinstance(module, BlockMLP):
+                self.kept.append(Kept(name or "the model", type(module).__name__, "runs a part of its neurons already"))
             if id(module) in inside or isinstance(module, BlockMLP):
                 inside.update(id(m) for m in module.modules())
                 continue
+            if kind in _INLINE and isinstance(getattr(module, _INLINE[kind][0]), BlockMLP):
+                continue  # which is met itself
             read = None
             if kind in _INLINE:
                 read = self._inline
@@ -215,13 +219,13 @@ class _Search:
 
         def put(layer: nn.Module) -> None:
             setattr(module, first, layer)
-            setattr(module, last, nn.Identity())
+            setattr(module, last, nn.Identity().train(module.training))
             if isinstance(getattr(module, act), nn.Module):
-                setattr(module, act, nn.Identity())
+                setattr(module, act, nn.Identity().train(module.training))
             else:
                 setattr(module, act, _same)
             if dropout:
-                setattr(module, dropout, nn.Identity())
+                setattr(module, dropout, nn.Identity().train(module.training))
                 module.activation_relu_or_gelu = 0  # type: ignore[assignment]  # torch's fused path wants the Linears
                 for parent in self.model.modules():
                     if isinstance(parent, nn.TransformerEncoder) and any(m is module for m in parent.layers):
@@ -238,7 +242,7 @@ class _Search:
 
         def put(layer: nn.Module) -> None:
             module._modules["intermediate"] = layer
-            output._modules["dense"] = nn.Identity()
+            output._modules["dense"] = nn.Identity().train(module.training)
 
         note = "intermediate computes it all, output.dense is the identity"
         return Found(name or "the model", type(module).__name__, inner, weights, put, note)

@@ -38,7 +38,7 @@ def moefy(
                 layer.tau = 0.3
 
     trades accuracy for compute. How well depends on how sparse the hidden activations are: D2DMoE first trains the
-    dense model on with `losses.hoyer` of them; without that, expect little.
+    dense model on with `losses.square_hoyer` of them; without that, expect little.
 
     Args:
         model: any module. Known are MLPs of two or three nn.Linear under the names in use (GPT, OPT, Llama, Mistral,

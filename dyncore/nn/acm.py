@@ -15,7 +15,7 @@ from dyncore.nn.base import Decision, DynamicLayer, Gating, expect_callable, exp
 from dyncore.nn.dynamic_width import BlockMLP, decide_groups, every_slot, share_of_groups
 from dyncore.nn.full_precision import full_precision
 from dyncore.nn.gates import ThresholdGate, expect_temperature, scalar, shown
-from dyncore.nn.inputs import expect_rows
+from dyncore.nn.inputs import expect_rows, in_autocast
 from dyncore.ops import gather_rows, grouped_linear, scatter_rows
 from dyncore.plan import Plan, route, route_mask, select
 
@@ -183,6 +183,7 @@ class ACMLinear(DynamicLayer):
         mask, scale = decide_groups(self.gate, x, count)
         plan = route_mask(mask, scale)
         self.record(plan, functools.partial(share_of_groups, plan, x.shape[:-1], scale))
+        x = in_autocast(x)  # so that the result has one dtype, whoever computes it
         rows = x.reshape(math.prod(x.shape[:-1]), self.in_features)
         if every_slot(plan):
             out = self._dense(rows, scale)
@@ -226,7 +227,7 @@ class ACMLinear(DynamicLayer):
         else:
             order = route((taken - 1)[:, None], num_groups=self.num_learners)
             out = scatter_rows(torch.cat(results), order)
-        return out if self.bias is None or scale is None else out + scale[:, :1].to(out.dtype) * self.bias
+        return out if self.bias is None or scale is None else out + scale[:, :1].to(out.dtype) * self.bias.to(out.dtype)
 
     def _by_slot(self, rows: Tensor, mask: Tensor, plan: Plan) -> Tensor:
         """A product for each learner, over its own inputs; a row's results are summed."""
@@ -248,7 +249,7 @@ class ACMLinear(DynamicLayer):
         if mask is not None:
             parts, weight = torch.where(mask[..., None], parts, 0), torch.where(mask, weight, 0)
         out = F.linear((parts if scale is None else parts * weight[..., None]).flatten(-2), self.weight)
-        return out if self.bias is None else out + weight[:, :1].to(out.dtype) * self.bias
+        return out if self.bias is None else out + weight[:, :1].to(out.dtype) * self.bias.to(out.dtype)
 
     @classmethod
     def from_dense(cls, linear: nn.Linear, num_learners: int = 4, gate: Gating | None = None) -> ACMLinear:

@@ -106,8 +106,8 @@ class Branch(DynamicLayer):
         """x with its rows through their branches; the shape and dtype of x."""
         mask, weight = choose(self.router, x, len(self.branches))
         lead, row_shape = mask.shape[:-1], x.shape[mask.dim() - 1 :]
-        rows = x.reshape(lead.numel(), row_shape.numel())
-        flat = mask.reshape(lead.numel(), len(self.branches))
+        rows = x.reshape(math.prod(lead), math.prod(row_shape))
+        flat = mask.reshape(math.prod(lead), len(self.branches))
         flat_weight = None if weight is None else weight.reshape(flat.shape)
         plan = route_mask(flat, flat_weight)
         self.record(plan, functools.partial(share, mask, weight, self.costs))
@@ -246,7 +246,7 @@ class Hierarchy(Movable, DynamicLayer):
             mask = choose(lambda _: group, x, groups, "group").mask
         plan = route_mask(mask)
         self.record(plan, functools.partial(share, mask, None, self.costs))
-        rows, row_shape = x.reshape(x.shape[0], x.shape[1:].numel()), x.shape[1:]
+        rows, row_shape = x.reshape(x.shape[0], math.prod(x.shape[1:])), x.shape[1:]
         counts = _counts(plan)
         pieces = _pieces(rows, row_shape, plan, mask, counts)
         starts = [0] if counts is None else plan.offsets.tolist()

@@ -50,7 +50,9 @@ class KeyValueCache:
         if self._buffers and self._buffers[0].shape[0] != batch:
             raise ValueError(f"cache: expected the batch of earlier calls, {self._buffers[0].shape[0]}, got {batch}")
         total = self._length + count
-        if not self._buffers or total > self._buffers[2].shape[1]:  # twice as long, so that a step copies little
+        # inference tensors can't be written to outside of inference mode
+        frozen = bool(self._buffers) and self._buffers[0].is_inference() and not torch.is_inference_mode_enabled()
+        if frozen or not self._buffers or total > self._buffers[2].shape[1]:  # twice as long: a step copies little
             self._buffers = [
                 torch.cat(
                     [*([old.narrow(_dim(t), 0, self._length)] if old is not None else []), t, _room(t, total)], _dim(t)

@@ -19,7 +19,7 @@ from dyncore.nn.base import Decision, DynamicLayer, Gating, expect_callable, exp
 from dyncore.nn.experts import ExpertWeights
 from dyncore.nn.full_precision import full_precision
 from dyncore.nn.gates import ThresholdGate
-from dyncore.nn.inputs import expect_rows
+from dyncore.nn.inputs import expect_rows, in_autocast
 from dyncore.nn.mlp import ACTIVATIONS, MLP
 from dyncore.ops import grouped_mlp
 from dyncore.ops.autograd import wants_grad
@@ -147,6 +147,7 @@ class BlockMLP(DynamicLayer):
         """x [..., H] through the blocks of mask [T, G], scaled by scale [T, G]; records plan, cost and others."""
         plan = route_mask(mask, scale)
         self.record(plan, functools.partial(share_of_groups, plan, x.shape[:-1], scale), **others)
+        x = in_autocast(x)  # so that the result has one dtype, whoever computes it
         if every_slot(plan):
             return self._dense(x, scale)
         if self._outgrows(plan) and wants_grad(x, scale, *self.parameters(recurse=False)):
@@ -183,7 +184,7 @@ class BlockMLP(DynamicLayer):
         hidden = (hidden if scale is None else hidden * weight).flatten(-2)
         if self.b_out is None or not self.bias_of_first_block:
             return F.linear(hidden, self.w_out, self.b_out)
-        return F.linear(hidden, self.w_out) + weight[..., 0, :] * self.b_out
+        return F.linear(hidden, self.w_out) + weight[..., 0, :] * self.b_out.to(hidden.dtype)
 
     def expect_rows(self, x: Tensor) -> None:
         """Raises unless x is a tensor [..., H] of the weights' dtype and device."""

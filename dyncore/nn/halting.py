@@ -7,6 +7,7 @@ Rows that blocks treat one by one are carried in a list that shrinks as they hal
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -149,7 +150,7 @@ class AdaptiveDepth(Movable, DynamicLayer):
             raise ValueError(f"x: expected shape {wanted}, got {list(x.shape)}")
         whole = x.permute(0, 2, 3, 1) if self.spatial else x
         lead, row = whole.shape[:lead_dims], whole.shape[lead_dims:]
-        state = whole if self._joint else whole.reshape(lead.numel(), *row)
+        state = whole if self._joint else whole.reshape(math.prod(lead), *row)
         dtype = torch.promote_types(x.dtype, torch.float32)
         bound = (1 - self.epsilon.clamp(0, 1)).to(dtype).expand(state.shape[: state.dim() - len(row)])
         if self.halting == "ponder" and self.training:

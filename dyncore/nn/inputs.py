@@ -46,6 +46,11 @@ def expect_sequences(x: object, dim: int | None = None) -> None:
         raise ValueError(f"x: expected shape [B, S, {'D' if dim is None else dim}], got {list(x.shape)}")
 
 
+def in_autocast(x: Tensor) -> Tensor:
+    """x in autocast's dtype where autocast is on, as torch.nn.functional.linear takes it."""
+    return x.to(torch.get_autocast_dtype(x.device.type)) if autocast_on(x) and x.dtype != torch.float64 else x
+
+
 def called(name: str, module: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """module(*args, **options). Where it fails because its first argument has another width, dtype or device than it
     has, the error says so: ValueError or TypeError."""

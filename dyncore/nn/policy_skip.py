@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -70,11 +71,11 @@ class PolicySkip(DynamicLayer):
         policy: Routing = self.policy if actions is None else lambda _: actions
         mask, scale = choose(policy, x, len(self.blocks), "policy" if actions is None else "actions")
         lead, row_shape = mask.shape[:-1], x.shape[mask.dim() - 1 :]
-        size = (lead.numel(), len(self.blocks))
+        size = (math.prod(lead), len(self.blocks))
         flat = Choices(mask.reshape(size), None if scale is None else scale.reshape(size))
         plan = route_mask(flat.mask)
         self.record(plan, functools.partial(share, mask, scale, self.costs))
-        rows = x.reshape(lead.numel(), row_shape.numel())
+        rows = x.reshape(math.prod(lead), math.prod(row_shape))
         if mode() == "masked" or not plan.exact:
             for k in range(len(self.blocks)):
                 rows = self._everywhere(k, rows, row_shape, flat)

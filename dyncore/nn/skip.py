@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +107,7 @@ class Skip(DynamicLayer):
             )
         plan = plan_of(decision)
         self.record(plan, functools.partial(executed, plan, mask.shape, scale))
-        rows = x.reshape(mask.numel(), row_shape.numel())
+        rows = x.reshape(mask.numel(), math.prod(row_shape))
         flat = mask.reshape(-1)
         if everything(plan):
             y = self._apply_module(rows, row_shape)

@@ -29,7 +29,7 @@ FLAT = {  # layers with weights of their own
     "SoftMoE": lambda: dc.nn.SoftMoE(D, 8, 2),
     "DynamicKMoE": lambda: dc.nn.DynamicKMoE(D, 8, 2),
     "DynamicWidthMLP": lambda: dc.nn.DynamicWidthMLP(D, 8, 2),
-    "ACM": lambda: dc.nn.ACM(D, 8, 2),
+    "ACM": lambda: dc.nn.ACM(D, 2, 4),
     "ACMLinear": lambda: dc.nn.ACMLinear(D, 8, 1),
     "TreeMLP": lambda: dc.nn.TreeMLP(D, 8, 1),
 }
@@ -88,3 +88,39 @@ def test_autocast_takes_other_dtypes(name):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         layer(x)
         layer(x.bfloat16())
+
+
+COUNTED = {
+    "DynamicKMoE": lambda keep: dc.nn.DynamicKMoE(D, 8, 2, keep),
+    "DynamicWidthMLP": lambda keep: dc.nn.DynamicWidthMLP(D, 8, 2, dc.nn.BlockGate(D, 2, 1 - 2 * keep)),
+    "ACM": lambda keep: dc.nn.ACM(D, 2, 4, dc.nn.CountGate(D, 2, 1 - 2 * keep)),
+    "ACMLinear": lambda keep: dc.nn.ACMLinear(D, 8, 2, dc.nn.CountGate(D, 2, 1 - 2 * keep)),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_under_autocast_the_dtype_does_not_depend_on_what_is_skipped(name):
+    x = torch.randn(9, D)
+    for keep in (0.0, 0.3, 1.0):
+        for mode in ("sparse", "masked", "auto"):
+            for scaled in (False, True):
+                layer = COUNTED[name](keep)
+                with dc.execution(mode), torch.autocast("cpu", dtype=torch.bfloat16), torch.set_grad_enabled(scaled):
+                    assert layer(x).dtype == torch.bfloat16, (keep, mode)
+
+
+EXPORTED = {
+    "Skip": lambda: dc.nn.Skip(nn.Linear(D, D), dc.nn.ThresholdGate(D)),
+    "PolicySkip": lambda: dc.nn.PolicySkip([nn.Linear(D, D)] * 2, dc.nn.BernoulliPolicy(D, 2)),
+    "Branch": lambda: dc.nn.Branch([nn.Linear(D, D)] * 2, dc.nn.ChoiceGate(D, 2)),
+    "AdaptiveDepth": lambda: dc.nn.AdaptiveDepth(nn.Linear(D, D), D, 3, tokens=True),
+}
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_layers_export_with_a_batch_of_any_size(name):
+    layer = EXPORTED[name]().eval()
+    batch = torch.export.Dim("batch", min=2, max=512)
+    exported = torch.export.export(layer, (torch.randn(3, 6, D),), dynamic_shapes=({0: batch},)).module()
+    x = torch.randn(5, 6, D)
+    torch.testing.assert_close(exported(x), layer(x))

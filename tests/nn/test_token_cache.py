@@ -79,3 +79,13 @@ def test_caches_that_do_not_fit_are_refused():
 
     with pytest.raises(ValueError, match="cache: expected a block whose forward takes cache=, got Protocol"):
         dc.nn.TokenSkip(Protocol(), dc.nn.ThresholdGate(D))(x, cache=cache)
+
+
+def test_a_cache_of_inference_mode_goes_on_outside_of_it():
+    layer, x = dc.nn.TokenSkip(block(), dc.nn.ThresholdGate(D, -1.0)).eval(), torch.randn(B, S, D)
+    cache = dc.nn.KeyValueCache()
+    with torch.inference_mode():
+        parts = [layer(x[:, :4], cache=cache), layer(x[:, 4:5], cache=cache)]
+    with torch.no_grad():
+        parts += [layer(x[:, i : i + 1], cache=cache) for i in range(5, S)]
+        torch.testing.assert_close(torch.cat(parts, 1), layer(x))
