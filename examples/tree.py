@@ -15,7 +15,7 @@ from examples import mixer
 from examples.common import Result, clock, curve, main, train
 from examples.mixer import Mixer, images
 
-DEPTHS = (0, 1, 2, 4)
+DEPTHS = (0, 2, 4)
 
 
 class Forest(nn.Module):
