@@ -198,17 +198,21 @@ def _counted(names: dict[str, int]) -> str:
 def smaller(call: Call, total: int, want: int) -> tuple[Call, str]:
     """(a call of a static network of `want` FLOPs, what was done), from that of the dense twin, of `total` FLOPs.
 
-    The twin on fewer samples, or on shorter sequences: so many FLOPs with nothing else to pay. Where neither can be cut
-    so finely, the twin with narrower MLPs. Raises NoBaseline.
+    The twin with narrower MLPs, which read fewer weights, too. Where it has none, or not enough of them, the twin on
+    fewer samples or on shorter sequences: so many FLOPs with nothing else to pay, but on smaller inputs, not by a
+    smaller network. Raises NoBaseline.
     """
     if not 0 < want < total:
         raise NoBaseline("nothing was skipped: it would be the dense network itself" if want else "no FLOP is left")
-    for dim, word in ((0, "samples"), (1, "positions")):
-        found = _cut(call, dim, total, want)
-        if found is not None:
-            cut, count, size = found
-            return cut, f"the dense twin on {count} of {size} {word}"
-    return _narrower(call, total, want)
+    try:
+        return _narrower(call, total, want)
+    except NoBaseline as error:
+        for dim, word in ((0, "samples"), (1, "positions")):
+            found = _cut(call, dim, total, want)
+            if found is not None:
+                cut, count, size = found
+                return cut, f"the dense twin on {count} of {size} {word}, as {error}"
+        raise NoBaseline(f"{error}, nor can the inputs be cut to so many FLOPs") from None
 
 
 def _cut(call: Call, dim: int, total: int, want: int) -> tuple[Call, int, int] | None:
@@ -241,10 +245,10 @@ def _narrower(call: Call, total: int, want: int) -> tuple[Call, str]:
     slope = 2 * (total - int(seeded(flops, call.of(half))))  # FLOPs of all that the width scales
     width = 1 - (total - want) / slope if slope > 0 else 0.0
     if width <= 0:
-        raise NoBaseline("the inputs cannot be cut to so many FLOPs, nor its MLPs")
+        raise NoBaseline("its MLPs alone cannot be cut to so many FLOPs")
     narrow = call.of(_with_width(call.module, width))
     if abs(int(seeded(flops, narrow)) / want - 1) > _NEAR:
-        raise NoBaseline("neither inputs nor MLPs can be cut to so many FLOPs")
+        raise NoBaseline("its MLPs alone cannot be cut to so many FLOPs")
     return narrow, f"the dense twin with {width:.0%} of the neurons of its MLPs"
 
 
@@ -269,5 +273,5 @@ def _with_width(module: nn.Module, share: float) -> nn.Module:
 
     twin = replace(twin)
     if not found:
-        raise NoBaseline("the inputs cannot be cut to so many FLOPs, and it has no MLPs to be narrower")
+        raise NoBaseline("it has no MLPs to be narrower")
     return twin

@@ -378,8 +378,8 @@ def savings(
             "masked": everything computed, then multiplied by 0 or 1;
             "dense": the dense twin;
             "naive": the same skipping in plain PyTorch;
-            "smaller": a static dense network of as many FLOPs as were executed: the dense twin on fewer samples or
-            positions, or with narrower MLPs.
+            "smaller": a static dense network of as many FLOPs as were executed: the dense twin with narrower MLPs, or
+            on fewer samples or positions where that does not do.
             One that cannot be made is in `unavailable`, with the reason.
         backward: time forward and backward (gradients of parameters and of inputs that require them) instead of
             forward without gradients.

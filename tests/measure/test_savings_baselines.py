@@ -258,29 +258,32 @@ def twin_of(*widths):
     return nn.Sequential(*layers)
 
 
-def test_a_smaller_network_is_the_dense_one_on_fewer_samples():
-    call = call_of(twin_of(32), rows())
+@pytest.mark.parametrize("count", [1, 40])
+def test_a_smaller_network_has_narrower_mlps(count):  # which read fewer weights, as fewer samples would not
+    call = call_of(twin_of(64, 64), torch.randn(count, D))
+    total = flops(call)
+    cut, how = baselines.smaller(call, total, total * 3 // 8)
+    assert how == "the dense twin with 38% of the neurons of its MLPs"
+    assert flops(cut) == total * 3 // 8
+    assert cut.args[0].shape == (count, D)
+
+
+def test_without_mlps_to_cut_a_smaller_network_is_the_dense_one_on_fewer_samples():
+    call = call_of(nn.Sequential(nn.Linear(D, 32), nn.Tanh(), nn.Linear(32, D)), rows())
     cut, how = baselines.smaller(call, 40 * 4 * D * 32, 10 * 4 * D * 32)
-    assert how == "the dense twin on 10 of 40 samples"
+    assert how == "the dense twin on 10 of 40 samples, as it has no MLPs to be narrower"
     assert flops(cut) == 10 * 4 * D * 32
+    alone = call_of(nn.Linear(D, D), torch.randn(1, D))
+    with pytest.raises(baselines.NoBaseline, match="no MLPs to be narrower, nor can the inputs be cut"):
+        baselines.smaller(alone, 100, 50)
 
 
-def test_a_smaller_network_is_the_dense_one_on_shorter_sequences():
+def test_where_mlps_are_too_little_a_smaller_network_is_the_dense_one_on_shorter_sequences():
     call = call_of(dc.nn.TransformerBlock(D, 2), torch.randn(1, 64, D))
     total = flops(call)
     cut, how = baselines.smaller(call, total, total // 4)
     assert flops(cut) == pytest.approx(total / 4, rel=0.03)
     assert "of 64 positions" in how
-
-
-def test_a_smaller_network_has_narrower_mlps_where_inputs_cannot_be_cut():
-    call = call_of(twin_of(64, 64), torch.randn(1, D))
-    total = flops(call)
-    cut, how = baselines.smaller(call, total, total * 3 // 8)
-    assert how == "the dense twin with 38% of the neurons of its MLPs"
-    assert flops(cut) == total * 3 // 8
-    with pytest.raises(baselines.NoBaseline, match="no MLPs to be narrower"):
-        baselines.smaller(call_of(nn.Linear(D, D), torch.randn(1, D)), 100, 50)
 
 
 def test_where_nothing_was_skipped_no_network_is_smaller():
