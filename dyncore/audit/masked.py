@@ -15,7 +15,7 @@ from dyncore.audit.watching import watch
 from dyncore.measure.agreement import disagreement
 from dyncore.measure.calls import first_tensor
 from dyncore.measure.row_masks import Masked
-from dyncore.nn.early_exit import takes
+from dyncore.nn.inputs import takes
 from dyncore.nn.skip import Skip
 
 Run = Callable[[], Any]
