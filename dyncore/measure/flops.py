@@ -14,6 +14,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from dyncore.measure.calls import preserved, tensors, told
 from dyncore.measure.flops_counter import Counter, Modules
 
 
@@ -84,8 +85,9 @@ def flops(fn: Callable[..., Any], *inputs: Any, per_row: bool = False, **kwargs:
         per_row: count each sample instead, float64 [B]: see below.
 
     Element-wise ops count as 0. An op that may do more and has no formula is reported (`Flops.uncounted`);
-    `torch.utils.flop_counter.register_flop_formula(torch.ops.mylib.op)` gives it one. A kernel that is launched without
-    an op, of Triton, say, cannot be seen. What torch.compile compiled runs eagerly here (a graph shows a counter
+    `torch.utils.flop_counter.register_flop_formula(torch.ops.mylib.op)` gives it one. What is
+    no op of torch in the calling thread cannot be seen, and is not reported: a Triton kernel launched without an op,
+    work handed to other threads, products of numpy. What torch.compile compiled runs eagerly here (a graph shows a counter
     nothing), so that a mask's live rows count; compiled code gives a mask that nobody has counted (of a ThresholdGate,
     say) room for every row, and a Skip's or TokenSkip's own module runs on them all.
 
@@ -98,7 +100,7 @@ def flops(fn: Callable[..., Any], *inputs: Any, per_row: bool = False, **kwargs:
 
     Raises TypeError if `fn` cannot be called, and with per_row where no input is a tensor; ValueError with per_row
     where samples are not treated apart from each other (in training, or by a choice among the samples of a batch), so
-    that outputs differ from those alone.
+    that outputs differ from those alone, or a module in training fails on a sample alone. Buffers keep their values.
     """
     if not callable(fn):
         raise TypeError(f"fn: expected a module or another callable, got {type(fn).__name__}")
@@ -107,10 +109,15 @@ def flops(fn: Callable[..., Any], *inputs: Any, per_row: bool = False, **kwargs:
     return _count(fn, inputs, kwargs)[0]
 
 
+def _owner(fn: Callable[..., Any]) -> nn.Module | None:
+    """The module that is called, or whose method is."""
+    owner = fn if isinstance(fn, nn.Module) else getattr(fn, "__self__", None)
+    return owner if isinstance(owner, nn.Module) else None
+
+
 def _count(fn: Callable[..., Any], inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Flops, Any]:
     """What fn executed, and what it returned."""
-    owner = fn if isinstance(fn, nn.Module) else getattr(fn, "__self__", None)
-    modules = Modules(owner if isinstance(owner, nn.Module) else None)
+    modules = Modules(_owner(fn))
     with torch.compiler.set_stance("force_eager"), modules, Counter(modules) as counter, warnings.catch_warnings():
         # the hooks of `modules`, which do no harm there
         warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global hooks", UserWarning)
@@ -134,18 +141,28 @@ def _per_row(fn: Callable[..., Any], inputs: tuple[Any, ...], kwargs: dict[str, 
     if first is None:
         raise TypeError("inputs: expected a tensor [B, ...] or a pytree of them for per_row=True, got none")
     batch = first.shape[0]
+    owner = _owner(fn)
     split = [isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == batch for leaf in leaves]
     counts: list[int] = []
     alone: list[Any] = []
-    for i in range(batch):
-        own = [leaf[i : i + 1] if each else leaf for leaf, each in zip(leaves, split, strict=True)]
-        args, keywords = pytree.tree_unflatten(own, spec)
-        found, result = _count(fn, args, keywords)
-        counts.append(int(found))
-        alone.append(_outputs(result))
-    together = _outputs(fn(*inputs, **kwargs))
+    with preserved(owner):
+        for i in range(batch):
+            own = [leaf[i : i + 1] if each else leaf for leaf, each in zip(leaves, split, strict=True)]
+            args, keywords = pytree.tree_unflatten(own, spec)
+            try:
+                found, result = _count(fn, args, keywords)
+            except Exception as error:
+                if owner is None or not owner.training:
+                    raise
+                raise ValueError(
+                    "fn: expected a module in evaluation for per_row=True, got one in training that fails on a sample "
+                    f"alone: {told(error)}"
+                ) from error
+            counts.append(int(found))
+            alone.append(_outputs(result))
+        together = _outputs(fn(*inputs, **kwargs))
     others = sum(_differs(one, together, i, batch) for i, one in enumerate(alone))
-    if others > max(1, _OTHERS * batch) or others == batch > 0:
+    if others > max(1, _OTHERS * batch) or 2 * others >= batch > 0:
         raise ValueError(
             "fn: expected one that treats samples apart from each other for per_row=True (a module in evaluation, no "
             f"choice among the samples of a batch), got other outputs alone for {others} of {batch}"
@@ -154,7 +171,7 @@ def _per_row(fn: Callable[..., Any], inputs: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _outputs(result: Any) -> list[Tensor]:
-    return [t.detach() for t in pytree.tree_leaves(result) if isinstance(t, Tensor) and t.is_floating_point()]
+    return [t.detach() for t in tensors(result) if t.is_floating_point()]
 
 
 def _differs(alone: list[Tensor], together: list[Tensor], sample: int, batch: int) -> bool:

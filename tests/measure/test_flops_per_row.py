@@ -1,5 +1,7 @@
 """flops(per_row=True): what each sample costs, of which the truth is a batch of it alone."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -95,3 +97,32 @@ def test_a_sample_or_two_may_decide_otherwise_alone():
 def test_without_a_tensor_there_is_no_row():
     with pytest.raises(TypeError, match=r"inputs: expected a tensor \[B, ...\]"):
         dc.measure.flops(lambda: None, per_row=True)
+
+
+@dataclasses.dataclass
+class Output:
+    y: torch.Tensor
+
+
+def test_samples_that_are_mixed_are_seen_in_a_dataclass():
+    with pytest.raises(ValueError, match="treats samples apart"):
+        dc.measure.flops(lambda x: Output(x - x.mean(0)), torch.randn(8, D), per_row=True)
+
+
+def test_of_two_samples_none_may_differ():
+    def fn(x):
+        return x * (x.norm(dim=1, keepdim=True) == x.norm(dim=1).max())
+
+    with pytest.raises(ValueError, match="other outputs alone for 1 of 2"):
+        dc.measure.flops(fn, torch.tensor([[1.0, 2.0], [3.0, 4.0]]), per_row=True)
+
+
+def test_a_module_in_training_is_named_and_left_as_it_was():
+    with pytest.raises(ValueError, match="fn: expected a module in evaluation .* got one in training that fails"):
+        dc.measure.flops(nn.BatchNorm1d(D), torch.randn(4, D), per_row=True)
+    model = nn.BatchNorm2d(D)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="treats samples apart"):
+        dc.measure.flops(model, torch.randn(4, D, 2, 2), per_row=True)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
