@@ -1,11 +1,13 @@
 """examples/zoo.py: its table says what the curves hold, and a run of some examples keeps the others."""
 
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 from examples import zoo
-from examples.common import Point, Result
+from examples.common import SMOKE, Point, Result
 
 
 def made_up(name: str) -> Result:
@@ -38,3 +40,22 @@ def test_curves_are_written_merged_and_read_back(tmp_path, monkeypatch):
     assert zoo.as_result(records[0]) == made_up("first, True")
     assert out.with_suffix(".png").stat().st_size > 1000
     assert "second, False" in out.with_suffix(".md").read_text()
+
+
+def test_the_records_are_shown_and_quoted_as_they_stand():
+    records = zoo.read(zoo.DEFAULT.with_suffix(".json"))
+    assert [record["example"] for record in records] == list(zoo.NAMES)
+    results = [zoo.as_result(record) for record in records]
+    assert not any(SMOKE in result.note for result in results)
+    text = zoo.markdown(results)
+    assert zoo.DEFAULT.with_suffix(".md").read_text() == text
+    rows = {line for line in text.splitlines() if line.startswith("| ") and "x |" in line}
+    docs = Path(__file__).parents[2] / "docs"
+    quoted = [
+        line
+        for page in docs.glob("*.md")
+        for line in page.read_text().splitlines()
+        if line.startswith(tuple(f"| {result.name} |" for result in results)) and "x |" in line
+    ]
+    assert len(quoted) > len(results)
+    assert set(quoted) <= rows
