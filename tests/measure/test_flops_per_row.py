@@ -118,7 +118,7 @@ def test_of_two_samples_none_may_differ():
 
 
 def test_a_module_in_training_is_named_and_left_as_it_was():
-    with pytest.raises(ValueError, match="fn: expected a module in evaluation .* got one in training that fails"):
+    with pytest.raises(ValueError, match=r"fn: expected a module in evaluation .* got one in training that fails"):
         dc.measure.flops(nn.BatchNorm1d(D), torch.randn(4, D), per_row=True)
     model = nn.BatchNorm2d(D)
     before = {name: value.clone() for name, value in model.state_dict().items()}
