@@ -235,6 +235,18 @@ class Convolved(nn.Module):
         return x + torch.where(mask[:, None], torch.tanh(self.conv(x)), 0)
 
 
+def test_many_positions_are_seen_as_lines_and_none_of_the_spare_comes_back():
+    layer = dc.nn.AdaptiveDepth([nn.Conv2d(D, D, 1) for _ in range(3)], dc.nn.FeatureScore(0, 10.0, 0.0), spatial=True)
+    x, seen = torch.randn(2, D, 17, 13), []
+    layer.double().blocks[0].register_forward_hook(lambda module, args, y: seen.append(args[0].shape))
+    for training in (False, True):
+        masked, auto = (run(layer.train(training), x.double(), mode) for mode in ("masked", "auto"))
+        torch.testing.assert_close(auto.out, masked.out)
+        for name, grad in masked.grads.items():
+            torch.testing.assert_close(auto.grads[name], grad, msg=name)
+    assert [1, D, 14, 32] in [list(shape) for shape in seen]
+
+
 def test_blocks_that_take_a_mask_see_the_whole_map():
     layer = dc.nn.AdaptiveDepth([Convolved() for _ in range(3)], dc.nn.FeatureScore(0, 10.0, 0.0), spatial=True)
     layer, x = layer.double(), torch.randn(2, D, 6, 6, dtype=torch.float64)
