@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
+_NOISY_ABOVE = 0.3  # interquartile range over median
 _FEW = 0.05  # a curve down to this share or below has most of its points where little is left
 
 
@@ -28,9 +29,12 @@ class Comparison:
         mechanism, input, shape: what it is, of which kind of input, and of which size; or `input` is its name.
         keep: the share that was executed; None where it is not known.
         executed, dense: FLOPs; dense is None where computing everything took no part.
-        ms: medians by variant: "dyncore", "dense" and others; spread: of dyncore's.
+        ms: medians by variant: "dyncore", the baseline and others; spread: of dyncore's.
         bytes: that a call must at least move, where it is known. stages: shares of time. ceilings: GFLOP/s and GB/s of
             the machine, where they were measured beside it. source: the file.
+        baseline: the variant that computes everything: "dense", "masked" where no dense one took part, and in audits
+            "now", the layer as the model has it.
+        noisy: whether the samples of dyncore or of the baseline spread widely. forced: whether gates were forced.
     """
 
     mechanism: str
@@ -47,6 +51,9 @@ class Comparison:
     stages: dict[str, float]
     ceilings: tuple[float, float] | None = None
     source: str = ""
+    baseline: str = "dense"
+    noisy: bool = False
+    forced: bool = False
 
     @property
     def name(self) -> str:
@@ -66,7 +73,7 @@ class Comparison:
     @property
     def speedup(self) -> float | None:
         """Wall-clock speed-up over computing everything."""
-        return self.ms["dense"] / self.ms["dyncore"] if "dense" in self.ms else None
+        return self.ms[self.baseline] / self.ms["dyncore"] if self.baseline in self.ms else None
 
     @property
     def flop_speedup(self) -> float | None:
@@ -77,7 +84,7 @@ class Comparison:
 @dataclasses.dataclass(frozen=True)
 class Document:
     """One file: what it says of itself, and what it holds of each kind; `unavailable`: rivals that could not run, with
-    the reason."""
+    the reason; savings: records of measure.savings."""
 
     path: str
     head: Record
@@ -86,6 +93,7 @@ class Document:
     unavailable: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
     ranking: Record | None = None
     audit: Record | None = None
+    savings: list[Record] = dataclasses.field(default_factory=list[Record])
 
 
 def _bytes(record: Record, executed: int | None) -> float | None:
@@ -111,6 +119,9 @@ def _of_results(record: Record) -> Comparison | None:
     if "dyncore" not in variants:
         return None
     flops = record.get("flops") or {}
+    baseline = str(record.get("baseline", "dense"))
+    if baseline not in variants and "dense" in variants:  # a sweep without a dense twin
+        variants = {baseline if name == "dense" else name: variant for name, variant in variants.items()}
     shape = " ".join(f"{letter}={size}" for letter, size in (record.get("shape") or {}).items())
     return Comparison(
         mechanism=str(record["mechanism"]),
@@ -126,7 +137,13 @@ def _of_results(record: Record) -> Comparison | None:
         bytes=_bytes(record, flops.get("executed")),
         stages=_stages(record),
         ceilings=_ceilings(record),
+        baseline=baseline,
+        noisy=_noisy(variants["dyncore"], variants.get(baseline, {})),
     )
+
+
+def _noisy(*timings: Record) -> bool:
+    return any(timing.get("spread", 0.0) > _NOISY_ABOVE for timing in timings)
 
 
 def _input(record: Record) -> str:
@@ -152,9 +169,9 @@ def _of_savings(record: Record) -> Comparison | None:
         return None
     name = _name(record)
     others = {other: timing for other, timing in timings.items() if other not in (ours, theirs)}
-    named = {"dyncore": timings[ours], "dense": timings[theirs], **others}
+    named = {"dyncore": timings[ours], theirs: timings[theirs], **others}
     return Comparison(
-        mechanism=str(record.get("kind", "savings")),
+        mechanism=str(record.get("kind", f"savings of {name}")),
         input=name,
         shape="",
         dtype=str(record.get("dtype") or str(record.get("input", "")).rpartition(" ")[2]),
@@ -167,6 +184,8 @@ def _of_savings(record: Record) -> Comparison | None:
         bytes=record.get("bytes"),
         stages=_stages(record),
         ceilings=_ceilings(record),
+        baseline=theirs,
+        noisy=_noisy(timings[ours], timings[theirs]),
     )
 
 
@@ -179,10 +198,10 @@ def _of_sweep(record: Record) -> list[Comparison]:
     sweep = record.get("sweep")
     if not isinstance(sweep, dict):
         return []
-    dense = float(sweep["baseline"]["median_ms"])
+    baseline, everything = str(record["baseline"]), sweep["baseline"]
     return [
         Comparison(
-            mechanism="savings",
+            mechanism=f"savings of {_name(record)}",
             input=f"{_name(record)}, gates forced",
             shape="",
             dtype=str(record.get("dtype", "")),
@@ -190,10 +209,13 @@ def _of_sweep(record: Record) -> list[Comparison]:
             keep=float(keep),
             executed=None,
             dense=None,
-            ms={"dyncore": float(timing["median_ms"]), "dense": dense},
+            ms={"dyncore": float(timing["median_ms"]), baseline: float(everything["median_ms"])},
             spread=float(timing.get("spread", 0.0)),
             bytes=None,
             stages={},
+            baseline=baseline,
+            noisy=_noisy(timing, everything),
+            forced=True,
         )
         for keep, timing in zip(sweep["keep"], sweep["timings"], strict=True)
     ]
@@ -244,6 +266,7 @@ def _document(path: str, found: Record, schema: str) -> Document:
         {str(name): str(why) for r in records for name, why in (r.get("unavailable") or {}).items()},
         ranking=found if schema.startswith("dyncore.ranking") else None,
         audit=found if schema.startswith("dyncore.audit") else None,
+        savings=[record for record in records if {"timings", "flops", "baseline"} <= record.keys()],
     )
 
 

@@ -36,7 +36,7 @@ def speedup_figure(documents: Sequence[Document]) -> Figure | None:
         x, y = [c.flop_speedup or 0.0 for c in of], [c.speedup or 0.0 for c in of]
         marker = "os^vDPX*"[i // len(COLOURS) % 8]
         axes.scatter(x, y, s=18, marker=marker, color=COLOURS[i % len(COLOURS)], label=mechanism, zorder=3)
-    naive = [(c.flop_speedup or 0.0, c.ms["dense"] / c.ms["naive"]) for c in points if "naive" in c.ms]
+    naive = [(c.flop_speedup or 0.0, c.ms[c.baseline] / c.ms["naive"]) for c in points if "naive" in c.ms]
     hollow: dict[str, Any] = {"s": 18, "facecolors": "none", "edgecolors": COLOURS[6], "label": "naive PyTorch"}
     axes.scatter(*zip(*naive, strict=True), **hollow) if naive else None
     values = [v for c in points for v in (c.flop_speedup, c.speedup) if v]

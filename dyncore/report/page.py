@@ -37,7 +37,6 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem } dd
 summary { cursor: pointer }
 """
 _GAIN = 1.005
-_NOISY_ABOVE = 0.3
 
 
 class _Text(str):
@@ -94,7 +93,9 @@ def _audit(audit: dict[str, Any]) -> str:
     timings = model.get("timings") or {}
     if {"now", "replaced"} <= timings.keys():
         now, then = timings["now"]["median_ms"], timings["replaced"]["median_ms"]
-        parts.append(f"<p>One call: {now:.2f} ms; with all of it replaced {then:.2f} ms: {now / then:.2f}x.</p>")
+        wide = any(timing.get("spread", 0.0) > 0.3 for timing in timings.values())
+        doubt = ", of samples that spread widely, which says little" if wide else ""
+        parts.append(f"<p>One call: {now:.2f} ms; with all of it replaced {then:.2f} ms: {now / then:.2f}x{doubt}.</p>")
     head = [*map(_Text, ("layer", "what it is")), "GFLOP", "if skipped", "needed", "break-even", "FLOPs", "time"]
     rows: list[list[Any]] = []
     for r in audit["records"]:
@@ -104,6 +105,11 @@ def _audit(audit: dict[str, Any]) -> str:
         speedups = [_times(r["flop_speedup"]), _times(r["speedup"], r["noisy"])]
         rows.append([_Text(r["name"]), _Text(r["what"]), *counts, *shares, *speedups])
     parts.append(_table(head, rows))
+    parts.append(
+        "<p>GFLOP: of one call as it is; needed: the share of rows, experts or activations that these inputs need; "
+        "break-even: from which share on computing everything is faster, 100%: never; FLOPs, time: speed-ups of the "
+        "layer by its replacement, counted and measured; ~: samples spread by more than 30%.</p>"
+    )
     for title, field in (("How", "how"), ("Why not", "why_not")):
         groups: dict[str, list[str]] = {}
         for r in audit["records"]:
@@ -119,6 +125,30 @@ def _audit(audit: dict[str, Any]) -> str:
     return "".join(parts) + _list(audit.get("notes", []))
 
 
+def _savings(record: dict[str, Any]) -> str:
+    """What a record of measure.savings says beside its times."""
+    said: list[str] = []
+    if record.get("interval"):
+        low, high = record["interval"]
+        said.append(f"Wall-clock speed-up over {heading(record['baseline'])}, with 95%: {low:.2f} to {high:.2f}x.")
+    if record.get("overhead") is not None:
+        even = record.get("break_even")
+        pays = "at no share" if even is None else f"up to a share of {even:.0%}"
+        said.append(f"Pays {pays}; {record['overhead']:+.0%} time where nothing is skipped.")
+    batch_1 = {name: timing["median_ms"] for name, timing in (record.get("batch_1") or {}).items()}
+    for title, values, unit in (
+        ("One sample alone", batch_1, "ms"),
+        ("Memory", {name: size / 1e6 for name, size in (record.get("peak_bytes") or {}).items()}, "MB"),
+        ("Energy of a sample", record.get("joules") or {}, "J"),
+    ):
+        if values:
+            said.append(f"{title}: {', '.join(f'{heading(n)} {value:.3g} {unit}' for n, value in values.items())}.")
+    if record.get("uncounted"):
+        names = ", ".join(f"{name} x{calls}" for name, calls in record["uncounted"].items())
+        said.append(f"Not counted, for nobody knows their FLOPs: {names}.")
+    return _list([*said, *(text for text in (record.get("noise"), *record.get("notes", [])) if text)])
+
+
 def _bars(bars: Sequence[dict[str, Any]]) -> str:
     rows = []
     for bar in bars:
@@ -132,14 +162,19 @@ def _bars(bars: Sequence[dict[str, Any]]) -> str:
     return f"<details><summary>{met} of {len(rows)} bars met</summary>{table}</details>"
 
 
+def _everything(c: Comparison) -> str | None:
+    """The time of computing everything, with the name of what did where that is not the dense twin."""
+    ms = c.ms.get(c.baseline)
+    return None if ms is None else f"{ms:.3g}" + ("" if c.baseline == "dense" else f" ({heading(c.baseline)})")
+
+
 def _points(points: Sequence[Comparison]) -> str:
     """Every point, with a column for each rival that took part."""
     rivals = [name for name in rivals_of(points) if name != "dense"]
-    head = [*map(_Text, ("mechanism", "point", "dtype")), "keep", "GFLOP", "ms", "dense ms", "FLOPs", "time", "SE"]
+    head = [*map(_Text, ("mechanism", "point", "dtype")), "keep", "GFLOP", "ms", "everything ms", "FLOPs", "time", "SE"]
     head += [f"vs {heading(name)}" for name in rivals]
     rows: list[list[Any]] = []
     for c in points:
-        noisy = c.spread > _NOISY_ABOVE
         row: list[Any] = [
             _Text(c.mechanism),
             _Text(c.name + ("" if c.phase == "forward" else ", forward and backward")),
@@ -147,18 +182,19 @@ def _points(points: Sequence[Comparison]) -> str:
             None if c.keep is None else float(c.keep),
             None if c.executed is None else c.executed / 1e9,
             f"{c.ms['dyncore']:.3g} ±{c.spread:.0%}",
-            c.ms.get("dense"),
+            _everything(c),
             _times(c.flop_speedup),
-            _times(c.speedup, noisy),
+            _times(c.speedup, c.noisy),
             c.speedup / c.flop_speedup if c.speedup and c.flop_speedup else None,
         ]
-        rows.append(row + [_times(c.against.get(name), noisy) for name in rivals])
+        rows.append(row + [_times(c.against.get(name), c.noisy) for name in rivals])
     known = [f"{heading(name)}: {RIVALS[name][1]}" for name in ("dense", *rivals) if name in RIVALS]
     return (
         f"<details><summary>All {len(points)} points</summary>{_table(head, rows)}<p>FLOPs are 2 per multiply-add, "
         "matrix products alone, counted as executed; times are medians of interleaved rounds, ± the interquartile "
-        "range, and include the making of plans and index lists; speed-ups are over computing everything, SE is that "
-        "of time over that of FLOPs, ~ where dyncore's samples spread by more than 30%; vs: over a rival.</p>"
+        "range, and include the making of plans and index lists; speed-ups are over computing everything (by the dense "
+        "twin, or by what stands in brackets), SE is that "
+        "of time over that of FLOPs, ~ where the samples of either spread by more than 30%; vs: over a rival.</p>"
         f"{_list(known)}</details>"
     )
 
@@ -173,6 +209,7 @@ def _file(document: Document) -> str:
         "<p><strong>Interrupted: not everything was measured.</strong></p>" if head.get("interrupted") else "",
         "".join(f"<p><strong>Warning: {escape(text)}</strong></p>" for text in head.get("warnings") or []),
         _machine(head),
+        *map(_savings, document.savings),
         "<p>Errors:</p>" + _list(errors) if errors else "",
         "<p>Not available there:</p>" + _list(missing) if missing else "",
         _bars(head["bars"]) if isinstance(head.get("bars"), list) else "",

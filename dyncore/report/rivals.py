@@ -22,6 +22,7 @@ _LEAST = 1 / 16  # speed-ups below it would flatten the others
 
 RIVALS: dict[str, tuple[str, str]] = {  # record name -> (heading, what it is)
     "dense": ("dense", "the same layer without skipping; for MoE, every expert on every row"),
+    "now": ("the layer now", "the layer as the audited model has it; one of dyncore's in masked execution"),
     "masked": ("masked", "every row computed, then multiplied by 0 or 1: what most published code does"),
     "naive": (
         "naive",
@@ -49,7 +50,7 @@ def rivals_of(points: Sequence[Comparison]) -> list[str]:
 
 def rivals_figure(documents: Sequence[Document]) -> Figure | None:
     """Wall-clock speed-ups of dyncore over each rival, a dot for each point, a panel for each mechanism."""
-    points = compared(documents)
+    points = [c for c in compared(documents) if not c.forced]
     groups = {m: of for m, of in by_mechanism(points).items() if len(rivals_of(of)) > 1}
     groups = dict(list(groups.items())[:_PANELS])
     if not groups:
@@ -154,7 +155,9 @@ def _zeros(axes: Axes, title: str, lines: dict[tuple[str, str], list[Comparison]
         speedups = [c.speedup or 0.0 for c in of]
         form: dict[str, Any] = {"color": colour, "marker": "." if len(of) > 1 else "*", "linestyle": forms[source]}
         axes.plot(keep, speedups, label=f"{source}, {dtype}: {_edge(keep, speedups)}", zorder=3, **form)
-        fastest = [max((c.ms["dense"] / ms for name, ms in c.ms.items() if name not in _OWN), default=1.0) for c in of]
+        fastest = [
+            max((c.ms[c.baseline] / ms for name, ms in c.ms.items() if name not in _OWN), default=1.0) for c in of
+        ]
         if dtype not in rivals_drawn and max(fastest) > 1:
             rivals_drawn.add(dtype)
             axes.plot(keep, fastest, color=colour, linewidth=0.8, linestyle=":", label=f"fastest rival, {dtype}")

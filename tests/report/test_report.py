@@ -246,8 +246,53 @@ def test_the_sweep_of_savings_is_a_curve_with_its_break_even(write):
         },
     }
     text = report_page([read_document(write(record))])
-    assert "savings: break-even at 0.75" in text
+    assert "savings of Skip: break-even at 0.75" in text
+    assert "<li>savings of Skip: faster than masked at 0 of 1 (median 1.00x); SE 0.50" in text  # one sentence
+    assert "faster than dense" not in text
+    assert "1 (masked)" in text
     assert "Skip, gates forced, float32" in text
+
+
+def test_what_savings_says_beside_its_times_is_in_the_page(write):
+    record = {
+        "module": "Fake",
+        "baseline": "dense",
+        "flops": {"sparse": 2, "dense": 2},
+        "timings": {name: {"median_ms": 1.0, "spread": 0.9} for name in ("sparse", "dense")},
+        "interval": [0.5, 2.0],
+        "overhead": 0.25,
+        "break_even": 0.5,
+        "batch_1": {"sparse": {"median_ms": 0.25}},
+        "peak_bytes": {"sparse": 2_000_000},
+        "joules": {"dense": 3.0},
+        "uncounted": {"mylib::kernel": 2},
+        "noise": "noisy <so>",
+        "notes": ["computed in full, then multiplied by a mask"],
+    }
+    text = report_page([read_document(write(record))])
+    for words in (
+        "over dense, with 95%: 0.50 to 2.00x",
+        "up to a share of 50%; +25% time where nothing is skipped",
+        "One sample alone: sparse 0.25 ms",
+        "Memory: sparse 2 MB",
+        "Energy of a sample: dense 3 J",
+        "mylib::kernel x2",
+        "noisy &lt;so&gt;",
+        "computed in full, then multiplied by a mask",
+        "at 1 of them samples spread widely",
+    ):
+        assert words in text
+
+
+def test_a_sweep_without_a_twin_is_against_masked_execution(write):
+    document = results()
+    for record in document["records"]:
+        record["baseline"] = "masked"
+    points = read_document(write(document)).comparisons
+    assert [point.baseline for point in points] == ["masked"] * 3
+    text = report_page([read_document(write(document))])
+    assert "faster than masked at 2 of 3" in text
+    assert "faster than dense" not in text
 
 
 def test_ranks_of_references_are_not_drawn_and_an_answer_is_said(write):
