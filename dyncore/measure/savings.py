@@ -45,7 +45,7 @@ from dyncore.measure.savings_record import (
     scaling_efficiency,
 )
 from dyncore.measure.stages import profile
-from dyncore.measure.timing import Timing, ratio_interval, timer
+from dyncore.measure.timing import Interleaved, Timing, ratio_interval, timer
 from dyncore.nn.base import DynamicLayer
 from dyncore.nn.sparse_mlp import SparseLinear, SparseMLP
 
@@ -83,6 +83,7 @@ class _Measuring:
         self.notes: list[str] = []
         self.warnings: list[str] = timing_warnings(load=False)
         self.errors: list[dict[str, str]] = []
+        self.interrupted: bool = False
 
     def refuse(self, message: str, error: BaseException | None = None) -> SavingsError:
         self.errors.append({"point": "module", "variant": "sparse", "message": message})
@@ -176,7 +177,13 @@ class _Measuring:
         call = dataclasses.replace(self.call, around=plain)
         result: Result = seeded(dataclasses.replace(call, around=plain.counting))
         if not plain.used:
-            raise rivals.NoBaseline("the module calls no op of dyncore that plain PyTorch would do in another way")
+            module = self.call.module
+            dynamic = isinstance(module, nn.Module) and any(isinstance(m, DynamicLayer) for m in module.modules())
+            raise rivals.NoBaseline(
+                "it skips by index_select already, as one does in plain PyTorch"
+                if dynamic
+                else "the module calls no op of dyncore that plain PyTorch would do in another way"
+            )
         why = difference(result, sparse, loose=True, tolerance=tolerance)
         if why:
             raise rivals.NoBaseline(f"the ops in plain PyTorch give other numbers: {why}")
@@ -197,7 +204,20 @@ class _Measuring:
         return "dense" if "dense" in self.calls else "masked"
 
     def time(self) -> dict[str, Timing]:
+        """By name. Interrupted, those of the rounds until then, if there was one."""
         times, others = timer(self.calls, self.call.device, cold=self.cold), OtherWork()
+        try:
+            self.rounds(times)
+        except KeyboardInterrupt:
+            if not times.rounds:
+                raise
+            self.interrupted = True
+        warning = others.warning()
+        self.warnings += [] if warning is None else [warning]
+        # a round that was broken off has samples of some
+        return {name: Timing(timing.samples_ns[: times.rounds]) for name, timing in times.timings().items()}
+
+    def rounds(self, times: Interleaved) -> None:
         options = {"min_rounds": self.min_rounds, "max_rounds": max(_ROUNDS, self.min_rounds)}
         timings = times.run(seconds=self.seconds, limit=10 * self.seconds, **options)
         for _ in range(2):
@@ -205,9 +225,6 @@ class _Measuring:
             if interval is None or interval[1] - interval[0] <= _SURE * sum(interval) or self.seconds < 0.1:
                 break
             timings = times.run(seconds=self.seconds / 2, limit=0.0, warm_up=0, **options)
-        warning = others.warning()
-        self.warnings += [] if warning is None else [warning]
-        return timings
 
     def sweep(self) -> None:
         """Over forced shares, in the same rounds as the baseline."""
@@ -229,15 +246,15 @@ class _Measuring:
             tuple(shares.values()), tuple(found[name] for name in shares), found["baseline"]
         )
 
-    def stages(self, median: float) -> None:
-        found = profile(self.call, median)
+    def stages(self) -> None:
+        found = profile(self.call)
         self.fields |= {"stages": found.stages, "bytes": found.bytes}
         self.fields["peak_bytes"] = peaks = {}
         for name in ("sparse", self.baseline):
             if self.call.device.type == "cuda":
                 peaks[name] = on_gpu.peak_bytes(self.calls[name])
             else:
-                peaks[name] = (found if name == "sparse" else profile(self.calls[name], 0.0, runs=0)).peak_bytes
+                peaks[name] = (found if name == "sparse" else profile(self.calls[name], runs=0)).peak_bytes
         kinds = (DynamicLayer, SparseLinear, SparseMLP)
         module = self.call.module
         known = isinstance(module, nn.Module) and any(isinstance(m, kinds) for m in module.modules())
@@ -299,12 +316,14 @@ class _Measuring:
             )
 
     def run(self, details: bool) -> Savings:
-        timings = self.time()
         self.attempt("masks", self.masks)
+        timings = self.time()
         try:
-            if details:
-                self.details(timings["sparse"].median)
+            if details and not self.interrupted:
+                self.details()
         except KeyboardInterrupt:
+            self.interrupted = True
+        if self.interrupted:
             self.warnings.append("interrupted: what is missing here was not measured")
         return Savings(
             dict(self.flops),
@@ -320,7 +339,7 @@ class _Measuring:
             **self.fields,
         )
 
-    def details(self, median: float) -> None:
+    def details(self) -> None:
         """What stands beside the ratios."""
         try:
             self.sweep()
@@ -328,7 +347,7 @@ class _Measuring:
             self.unavailable["break_even"] = str(error)
         except Exception as error:
             self.unavailable["break_even"] = f"with gates forced open at random it fails: {told(error)}"
-        self.attempt("stages", lambda: self.stages(median))
+        self.attempt("stages", self.stages)
         self.attempt("ceilings", self.ceilings)
         self.attempt("batch_1", self.batch_1)
         try:
@@ -393,8 +412,9 @@ def savings(
             about as long again.
 
     Raises SavingsError (a ValueError) if the module fails, naming the layer that does, or if sparse and masked
-    execution disagree, naming the first layer that does (no saving is reported on wrong numbers); its `partial` has
-    what was found. What fails besides is in the record's `errors`. Raises ValueError if `seconds` is not above 0 or a
+    execution disagree, naming the first layer that does (no saving is reported on wrong numbers), or if Ctrl-C comes
+    before each execution was timed; its `partial` has what was found. Ctrl-C later ends the measuring: what is there by
+    then is returned. What fails besides is in the record's `errors`. Raises ValueError if `seconds` is not above 0 or a
     baseline is unknown, TypeError if `module` or `dense` cannot be called.
     """
     for name, fn in (("module", module), ("dense", dense)):
@@ -411,9 +431,12 @@ def savings(
         stack.enter_context(preserved(module))
         stack.enter_context(preserved(dense))
         stack.enter_context(torch.cuda.device(device) if device.type == "cuda" else nullcontext())
-        if dense is not None:
-            measuring.given(dense)
-        measuring.check(tolerance)
-        if measuring.baseline not in measuring.calls:
-            raise measuring.refuse(f"module: nothing to compare with: {measuring.unavailable}")
-        return measuring.run(details)
+        try:
+            if dense is not None:
+                measuring.given(dense)
+            measuring.check(tolerance)
+            if measuring.baseline not in measuring.calls:
+                raise measuring.refuse(f"module: nothing to compare with: {measuring.unavailable}")
+            return measuring.run(details)
+        except KeyboardInterrupt as error:
+            raise measuring.refuse("module: interrupted before each execution was timed", error) from error

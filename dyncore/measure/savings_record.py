@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -132,9 +133,11 @@ class Savings:
 
     @property
     def flop_speedup(self) -> float:
-        """FLOPs of the baseline over those executed; infinite if none was."""
-        executed = self.flops["sparse"]
-        return self.flops[self.baseline] / executed if executed else float("inf")
+        """FLOPs of the baseline over those executed; infinite if none was, 1 if the baseline has none either."""
+        executed, all_of_it = self.flops["sparse"], self.flops[self.baseline]
+        if executed:
+            return all_of_it / executed
+        return float("inf") if all_of_it else 1.0
 
     @property
     def wall_clock_speedup(self) -> float:
@@ -148,9 +151,10 @@ class Savings:
         return {name: timing.median / ours for name, timing in self.timings.items() if name != "sparse"}
 
     @property
-    def se(self) -> float:
-        """Scaling efficiency: wall-clock speed-up over FLOP speed-up."""
-        return scaling_efficiency(self.wall_clock_speedup, self.flop_speedup)
+    def se(self) -> float | None:
+        """Scaling efficiency: wall-clock speed-up over FLOP speed-up; None if all FLOPs were skipped."""
+        flop_speedup = self.flop_speedup
+        return None if math.isinf(flop_speedup) else scaling_efficiency(self.wall_clock_speedup, flop_speedup)
 
     @property
     def rsr(self) -> float | None:
@@ -167,7 +171,9 @@ class Savings:
     def noise(self) -> str | None:
         """What the spread of the samples leaves open, in a sentence; None where it leaves little."""
         if self.interval is None:
-            return None
+            rounds = min(len(self.timings[name].samples_ns) for name in ("sparse", self.baseline))
+            counted = f"{rounds} round{'s' if rounds > 1 else ''}"
+            return f"noise is not known: {counted} alone; SE may be far off, more seconds would say"
         low, high = self.interval
         half = (high - low) / (low + high)
         if low <= 1 <= high and self.flop_speedup > 1.005:
@@ -201,7 +207,7 @@ class Savings:
             "flops": {name: int(count) for name, count in self.flops.items()},
             "by_module": {name: {n: k for n, k in c.by_module.items() if n and k} for name, c in layered.items()},
             "timings": {name: timing.record() for name, timing in self.timings.items()},
-            "flop_speedup": self.flop_speedup if self.flops["sparse"] else None,
+            "flop_speedup": None if math.isinf(self.flop_speedup) else self.flop_speedup,
             "wall_clock_speedup": self.wall_clock_speedup,
             "interval": None if interval is None else list(interval),
             "against": self.against,
@@ -230,20 +236,28 @@ class Savings:
 
     def __str__(self) -> str:
         lines = [
-            f"{name:7} {_shown(self.flops[name])} {timing.median * 1e3:10.3f} ms ±{timing.spread:.0%}"
+            f"{name:7} {_shown(self.flops[name])} {_timed(timing, 10)}"
             + (f"  {self.made[name]}" if name in self.made else "")
             for name, timing in self.timings.items()
         ]
         lines += [f"{name:7} not measured: {self.unavailable[name]}" for name in _BASELINES if name in self.unavailable]
         # where next to nothing was skipped, both ratios are of noise; where FLOPs were added, of no meaning
-        shown = f"{self.flop_speedup:.2f}"
-        skipped = shown != "1.00" and self.flop_speedup > 1
-        why = "nothing was skipped" if shown == "1.00" else "more FLOPs than the baseline's"
-        se = f"{self.se:.2f}" if skipped else f"- ({why})"
-        rsr = f"{self.rsr:.2f}" if skipped and self.rsr is not None else "-"
+        speedup, se, rsr = self.flop_speedup, self.se, self.rsr
+        why = (
+            "no matrix products are counted"
+            if not self.flops[self.baseline]
+            else "nothing was executed"
+            if se is None
+            else "nothing was skipped"
+            if f"{speedup:.2f}" == "1.00"
+            else "more FLOPs than the baseline's"
+            if speedup < 1
+            else None
+        )
+        flops = "all skipped" if se is None else f"{speedup:.2f}x"
         lines.append(
-            f"against {self.baseline}: FLOPs {self.flop_speedup:.2f}x, wall clock {self.wall_clock_speedup:.2f}x, "
-            f"SE {se}, RSR {rsr}"
+            f"against {self.baseline}: FLOPs {flops}, wall clock {self.wall_clock_speedup:.2f}x, "
+            f"SE {f'{se:.2f}' if why is None else f'- ({why})'}, RSR {f'{rsr:.2f}' if why is None else '-'}"
         )
         return "\n".join([*lines, *self._details()])
 
@@ -255,7 +269,10 @@ class Savings:
         if self.sweep is not None:
             even = self.sweep.break_even
             at = "slower at every share" if even is None else f"pays up to a share of {even:.0%}"
-            lines.append(f"break-even: {at}; {self.sweep.overhead:+.0%} time where nothing is skipped")
+            spread = max(t.spread for t in (*self.sweep.timings, self.sweep.baseline))
+            lines.append(
+                f"break-even: {at}; {self.sweep.overhead:+.0%} time where nothing is skipped (samples ±{spread:.0%})"
+            )
         if self.stages:
             lines.append("time: " + ", ".join(f"{name} {share:.0%}" for name, share in self.stages.items() if share))
         if self.ceilings is not None:
@@ -264,7 +281,7 @@ class Savings:
         if self.peak_bytes:
             lines.append("memory: " + ", ".join(f"{n} {size / 1e6:.3g} MB" for n, size in self.peak_bytes.items()))
         if self.batch_1:
-            lines.append("one sample: " + ", ".join(f"{n} {t.median * 1e3:.3f} ms" for n, t in self.batch_1.items()))
+            lines.append("one sample: " + ", ".join(f"{n} {_timed(t)}" for n, t in self.batch_1.items()))
         if self.joules:
             lines.append("energy: " + ", ".join(f"{n} {j:.3g} J a sample" for n, j in self.joules.items()))
         if self.host_syncs:
@@ -274,6 +291,11 @@ class Savings:
         lines += [f"{name}: not measured: {why}" for name, why in self.unavailable.items() if name not in _BASELINES]
         lines += [sentence for sentence in (self.noise, *self.warnings, *self.notes) if sentence]
         return lines + [f"failed: {e['point']}: {e['message']}" for e in self.errors]
+
+
+def _timed(timing: Timing, width: int = 0) -> str:
+    spread = f" ±{timing.spread:.0%}" if len(timing.samples_ns) > 1 else ""
+    return f"{timing.median * 1e3:{width}.3f} ms{spread}"
 
 
 def _shown(flops: int) -> str:

@@ -237,20 +237,35 @@ def _roles(module: Callable[..., Any], watch: _Watch) -> Generator[None]:
         yield
 
 
-def profile(call: Call, median: float, runs: int = 3) -> Profile:
-    """A profile of a call whose time, unwatched, is `median` seconds: of some runs after a first one. What
-    torch.compile compiled runs eagerly."""
+def _unwatched(call: Call) -> int:
+    """Nanoseconds of a call."""
+    wait = torch.cuda.synchronize if call.device.type == "cuda" else (lambda: None)
+    wait()
+    start = time.perf_counter_ns()
+    kept = call()
+    wait()
+    elapsed = time.perf_counter_ns() - start
+    del kept
+    return elapsed
+
+
+def profile(call: Call, runs: int = 3) -> Profile:
+    """A profile of a call: of some runs after a first one, in turn with as many that nobody watches, whose time is that
+    of the whole call. What torch.compile compiled runs eagerly."""
     cuda = call.device.type == "cuda"
     held = [*pytree.tree_leaves((call.args, call.kwargs))]
     if isinstance(call.module, nn.Module):
         held += [*call.module.parameters(), *call.module.buffers()]
     found: list[_Watch] = []
+    whole: list[int] = []
     for _ in range(runs + 1):
         watch = _Watch(cuda)
         watch.hold([t for t in held if isinstance(t, Tensor)])
         before = watch.alive
         with ExitStack() as stack:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+            if runs:
+                whole.append(seeded(_unwatched, call))
             stack.enter_context(_roles(call.module, watch))
             stack.enter_context(watch)
             result = seeded(call)
@@ -259,8 +274,7 @@ def profile(call: Call, median: float, runs: int = 3) -> Profile:
         del result
         found.append(watch)
     ns = {stage: statistics.median(w.ns[stage] for w in found[min(1, runs) :]) for stage in STAGES}
-    watched = sum(ns.values())
-    ns[CALLING] = max(0.0, median * 1e9 - watched)
+    ns[CALLING] = max(0.0, statistics.median(whole[1:]) - sum(ns.values())) if runs else 0.0
     total = sum(ns.values()) or 1.0
     last = found[-1]
     return Profile({stage: t / total for stage, t in ns.items()}, last.bytes, last.peak, last.ops)

@@ -18,15 +18,15 @@ from dyncore.measure import GateSweep, Savings, SavingsError, Timing, energy, on
 from dyncore.measure.calls import Call, tensors
 from dyncore.measure.ceilings import ceilings
 from dyncore.measure.stages import CALLING, STAGES, profile
-from dyncore.measure.timing import InterleavedCold, ratio_interval
+from dyncore.measure.timing import Interleaved, InterleavedCold, ratio_interval
 
 environment_module = sys.modules["dyncore.measure.environment"]  # the package has a function of that name
 SHORT = {"seconds": 1e-9, "min_rounds": 1}
 QUICK = {**SHORT, "details": False}
 
 
-def profiled(module, *inputs, median=0.0, backward=False):
-    return profile(Call(module, inputs, {}, "sparse", backward), median)
+def profiled(module, *inputs, backward=False):
+    return profile(Call(module, inputs, {}, "sparse", backward))
 
 
 # Stages, bytes, memory
@@ -50,13 +50,21 @@ def test_the_stages_of_a_layer_that_moves_its_rows():
 
 def test_a_module_without_skipping_computes_alone():
     found = profiled(nn.Linear(64, 64), torch.randn(128, 64))
-    assert {name for name, share in found.stages.items() if share} == {"computing"}
+    assert {name for name, share in found.stages.items() if share} - {CALLING} == {"computing"}
     assert found.ops == 0
 
 
 def test_time_between_the_ops_is_a_stage_of_its_own():
-    found = profiled(nn.Linear(8, 8), torch.randn(4, 8), median=10.0)
-    assert found.stages[CALLING] > 0.99
+    linear = nn.Linear(8, 8)
+    found = profiled(lambda x: (linear(x), time.sleep(0.02))[0], torch.randn(4, 8))
+    assert found.stages[CALLING] > 0.9
+
+
+def test_stages_are_shares_of_a_call_of_that_moment(monkeypatch):
+    monkeypatch.setattr(Interleaved, "_time", lambda self, name, round: 10**9)  # a machine that was busy just before
+    saved = dc.measure.savings(lambda x: x @ x @ x, torch.randn(256, 256), baselines=("masked",), **SHORT)
+    assert saved.timings["sparse"].median == 1
+    assert saved.stages["computing"] > 0.1
 
 
 def test_a_backward_is_profiled_by_the_names_of_its_ops():
@@ -148,7 +156,26 @@ def test_a_difference_within_the_noise_is_called_so():
     assert noisy.noise.startswith("noisy: SE is known to ±")
     assert saved_with((100,) * 20, (300,) * 20).noise is None
     assert saved_with((100,) * 20, (300,) * 20).interval == (3.0, 3.0)
-    assert saved_with((100,), (300,)).noise is None
+    assert (
+        saved_with((100,), (300,)).noise
+        == "noise is not known: 1 round alone; SE may be far off, more seconds would say"
+    )
+    few = saved_with((1, 9, 30), (5, 50, 90))
+    assert few.noise == "noise is not known: 3 rounds alone; SE may be far off, more seconds would say"
+    assert few.noise in str(few)
+
+
+def test_where_all_was_skipped_or_nothing_multiplies_there_is_no_se():
+    all_skipped = saved_with((100,) * 5, (300,) * 5, flops=(0, 100))
+    assert all_skipped.se is None
+    assert all_skipped.record()["se"] is None
+    assert all_skipped.record()["flop_speedup"] is None
+    assert "FLOPs all skipped, wall clock 3.00x, SE - (nothing was executed)" in str(all_skipped)
+    nothing = saved_with((100, 100, 130) * 5, (100, 130, 100) * 5, flops=(0, 0))
+    assert (nothing.flop_speedup, nothing.rsr) == (1.0, None)
+    assert "FLOPs 1.00x" in str(nothing)
+    assert "SE - (no matrix products are counted)" in str(nothing)
+    assert "within noise" not in str(nothing)
 
 
 def test_on_a_gpu_samples_are_cold_and_lie_between_events(monkeypatch):
@@ -351,6 +378,37 @@ def test_what_was_measured_before_an_interrupt_stands():
     assert saved.stages["computing"] > 0
     assert saved.batch_1 == {}
     assert saved.warnings[-1] == "interrupted: what is missing here was not measured"
+
+
+@pytest.mark.parametrize("timed", [2, 5, 6])
+def test_an_interrupt_keeps_the_rounds_before_it(monkeypatch, timed):
+    calls = itertools.count()
+
+    def interrupted(self, name, round):
+        if next(calls) == 2 + timed:  # a round of warming up comes first
+            raise KeyboardInterrupt
+        return 100
+
+    monkeypatch.setattr(Interleaved, "_time", interrupted)
+    saved = dc.measure.savings(lambda x: x @ x, torch.randn(8, 8), seconds=0.01)
+    assert [len(t.samples_ns) for t in saved.timings.values()] == [timed // 2] * 2
+    assert saved.warnings[-1] == "interrupted: what is missing here was not measured"
+    assert saved.sweep is None
+    assert not saved.stages
+
+
+def test_an_interrupt_before_all_were_timed_keeps_the_flops():
+    calls = itertools.count()
+
+    def module(x):
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        return x @ x
+
+    with pytest.raises(SavingsError, match="module: interrupted before each execution was timed") as caught:
+        dc.measure.savings(module, torch.randn(8, 8), seconds=0.01)
+    assert caught.value.partial["flops"]["sparse"] == 2 * 8**3
+    assert isinstance(caught.value.__cause__, KeyboardInterrupt)
 
 
 def test_a_module_that_takes_no_single_sample_keeps_the_rest():
