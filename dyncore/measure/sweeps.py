@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 
 from dyncore.execution import execution
 from dyncore.masks import ROW_PATTERNS, replay, row_mask
+from dyncore.measure import baselines
 from dyncore.measure.agreement import disagreement
+from dyncore.measure.calls import Call
 from dyncore.measure.environment import timing_warnings
 from dyncore.measure.flops import flops
 from dyncore.measure.records import new_results
@@ -29,18 +32,25 @@ class ForcedGate(nn.Module):
 
     Attributes:
         mask: bool, [B, S] for x [B, S, H], else [B]; None outside of a sweep.
-        keep: its share, for modules that are told how much to execute by other means.
+        asked: whether anybody has asked for the mask or its share since this was set to False.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.mask: Tensor | None = None
-        self.keep: float = 1.0
+        self.asked: bool = False
+
+    @property
+    def keep(self) -> float:
+        """Share of the mask that is kept, for modules that are told how much to execute by other means."""
+        self.asked = True
+        return 1.0 if self.mask is None else float(self.mask.double().mean())
 
     def forward(self, x: Tensor) -> Tensor:
         """The mask, bool."""
         if self.mask is None:
             raise RuntimeError("gate: expected to be called within dyncore.measure.sweep")
+        self.asked = True
         return self.mask
 
 
@@ -74,6 +84,8 @@ def _tile(granularity: str | int, rows: int) -> tuple[str, int]:
 
 
 def _expect(name: str, values: Sequence[Any], good: Callable[[Any], bool], what: str) -> None:
+    if not isinstance(values, (list, tuple, range)):
+        raise TypeError(f"{name}: expected a list or tuple of {what}, got {type(values).__name__}")
     for value in values:
         if not good(value):
             raise ValueError(f"{name}: expected {what}, got {value!r}")
@@ -131,10 +143,19 @@ class _Sweep:
 
     def __init__(self, make: Callable[[ForcedGate], Any], dense: Any, backward: bool) -> None:
         self.gate = ForcedGate()
+        if isinstance(make, nn.Module):
+            what = type(make).__name__
+            raise TypeError(f"make: expected a function of a gate, `lambda gate: {what}(..., gate)`, got a {what}")
         self.module = make(self.gate)
         if not callable(self.module):
             raise TypeError(f"make: expected a module or another callable, got {type(self.module).__name__}")
-        self.dense, self.backward = dense, backward
+        self.dense, self.mode, self.backward = dense, "auto", backward
+        if dense is None:
+            try:
+                twin, _ = baselines.dense(Call(self.module, (), {}))
+                self.dense, self.mode = twin.module, twin.mode
+            except baselines.NoBaseline:
+                self.dense, self.mode = self.module, "masked"
 
     def _leaves(self, fn: Any, args: tuple[Any, ...]) -> list[Tensor]:
         parameters = list(fn.parameters()) if isinstance(fn, nn.Module) else []
@@ -160,22 +181,28 @@ class _Sweep:
         """Computing everything, then masking."""
         return self._run(self.module, "masked", args)
 
+    @property
+    def baseline(self) -> str:
+        """What skipping is measured against: a "dense" twin, or "masked" execution where there is none."""
+        return "masked" if self.dense is self.module else "dense"
+
     def everything(self, *args: Any) -> list[Tensor]:
-        """What skipping is measured against."""
-        return self.masked(*args) if self.dense is None else self._run(self.dense, "auto", args)
+        """The baseline."""
+        return self._run(self.dense, self.mode, args)
 
     def measure(self, point: _Point, args: tuple[Any, ...], seconds: float, min_rounds: int) -> dict[str, Any]:
         """Timings and FLOPs. Raises ValueError where skipping gives other numbers than masking."""
         counts: list[int] = []
-        self.gate.keep = point.keep
         device = _first(args).device
         masks = [mask.to(device) for mask in point.masks]
         for mask in masks:
-            self.gate.mask = mask
+            self.gate.mask, self.gate.asked = mask, False
             for value, expected in zip(self.ours(*args), self.masked(*args), strict=True):
                 why = disagreement(value, expected)
                 if why is not None:
                     raise ValueError(f"sparse and masked execution differ: {why}")
+            if not self.gate.asked:
+                raise ValueError("make: expected a layer that asks its gate, got one that never did")
             counts.append(int(flops(self.ours, *args)))
         executed, dense = round(sum(counts) / len(counts)), int(flops(self.everything, *args))
 
@@ -227,8 +254,8 @@ def sweep(
         granularities: "row", the rows of a tile (an int), or "sample": what is kept or skipped as one.
         patterns: of `dyncore.masks.row_mask`: "iid", "clustered", "correlated" (by sample), "adversarial".
         recorded: bool, a mask of rows that was recorded: replayed as a pattern of its own share, "recorded".
-        dense: the dense twin, called with the same inputs; None: the layer in masked execution, which computes
-            everything.
+        dense: the dense twin, called with the same inputs; None: one that is made of the layer, as by `savings`, or
+            where that cannot be done the layer in masked execution, which computes everything (`baseline` in a record).
         backward: forward and backward instead of forward alone.
         masks: different ones drawn for each point; rounds take turns, and medians are over all of them.
         seconds, min_rounds: of the timing of each point, as in Interleaved.run.
@@ -244,16 +271,23 @@ def sweep(
     for argument, fn in (("make", make), ("inputs", inputs), ("dense", dense)):
         if not callable(fn) and not (argument == "dense" and fn is None):
             raise TypeError(f"{argument}: expected a callable, got {type(fn).__name__}")
-    _expect("keeps", keeps, lambda keep: isinstance(keep, (int, float)) and 0 < keep <= 1, "shares above 0, up to 1")
+
+    def share(keep: Any) -> bool:
+        return isinstance(keep, (int, float)) and 0 < keep <= 1
+
+    _expect("keeps", keeps, share, "shares above 0, up to 1")
     _expect("batches", batches, _whole, "whole numbers >= 1")
     _expect("patterns", patterns, lambda p: p in ROW_PATTERNS, f"some of {', '.join(ROW_PATTERNS)}")
-    _expect("granularities", granularities, lambda g: bool(_tile(g, 1)), "")
-    _expect("masks", [masks], _whole, "a whole number >= 1")
+    _expect("granularities", granularities, lambda g: bool(_tile(g, 1)), '"row", "sample" or the rows of a tile')
+    for argument, number in (("masks", masks), ("min_rounds", min_rounds)):
+        _expect(argument, [number], _whole, "a whole number >= 1")
     if not seconds > 0:
         raise ValueError(f"seconds: expected a number above 0, got {seconds}")
     if recorded is not None and (not isinstance(recorded, Tensor) or recorded.dtype != torch.bool):
         got = recorded.dtype if isinstance(recorded, Tensor) else type(recorded).__name__
         raise TypeError(f"recorded: expected a bool tensor, got {got}")
+    if recorded is not None and not recorded.numel():
+        raise ValueError("recorded: expected a mask of one row at least, got none")
     chosen: dict[str, Tensor | None] = dict.fromkeys(patterns)
     if recorded is not None:
         chosen["recorded"] = recorded.cpu()
@@ -263,7 +297,11 @@ def sweep(
     results["warnings"] = timing_warnings()
     try:
         for batch in batches:
-            made = inputs(batch)
+            try:
+                made = inputs(batch)
+            except Exception as error:  # such as no memory for so many
+                results["errors"].append(_error(f"batch {batch}", error))
+                continue
             args: tuple[Any, ...] = made if isinstance(made, tuple) else (made,)
             x = _first(args)
             points = list(_points(chosen, batch, x, granularities, keeps, masks))
@@ -273,18 +311,24 @@ def sweep(
                 try:
                     measured = running.measure(point, args, seconds, min_rounds)
                 except Exception as error:  # one point's failure leaves the others
-                    message = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-                    results["errors"].append({"point": str(point), "variant": _OURS, "message": message})
+                    results["errors"].append(_error(str(point), error))
                 else:
-                    results["records"].append(_record(mechanism, point, x, backward, dense is not None) | measured)
+                    results["records"].append(_record(mechanism, point, x, backward, running.baseline) | measured)
     except KeyboardInterrupt:
         results["interrupted"] = True
     finally:
         running.gate.mask = None
+    if results["errors"] and not results["records"]:
+        warnings.warn(f"every point failed, the first by {results['errors'][0]['message']}", stacklevel=2)
     return results
 
 
-def _record(mechanism: str, point: _Point, x: Tensor, backward: bool, twin: bool) -> dict[str, Any]:
+def _error(point: str, error: Exception) -> dict[str, str]:
+    message = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    return {"point": point, "variant": _OURS, "message": message}
+
+
+def _record(mechanism: str, point: _Point, x: Tensor, backward: bool, baseline: str) -> dict[str, Any]:
     """What a point is."""
     letters = _LETTERS.get(x.dim(), "ABCDEFG")
     return {
@@ -295,7 +339,7 @@ def _record(mechanism: str, point: _Point, x: Tensor, backward: bool, twin: bool
         "phase": "forward+backward" if backward else "forward",
         "keep_ratio": point.keep,
         "granularity": point.granularity,
-        "baseline": "dense" if twin else "masked",
+        "baseline": baseline,
         "execution": "sparse",
         "unavailable": {},
     }

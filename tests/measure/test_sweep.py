@@ -100,6 +100,55 @@ def test_masks_turn_from_round_to_round_and_attention_takes_its_gate():
     assert {tuple(mask.shape) for mask in seen} == {(2, 8)}
 
 
+def test_timed_rounds_take_the_masks_in_turn():
+    class Seeing(nn.Module):
+        def __init__(self, gate):
+            super().__init__()
+            self.gate, self.seen = gate, []
+            made.append(self)
+
+        def forward(self, x):
+            self.seen.append(tuple(self.gate(x).flatten().tolist()))
+            return x
+
+    made: list[Seeing] = []
+    only = {"keeps": (0.5,), "batches": (4,), "patterns": ("iid",), "masks": 3, "min_rounds": 6, "seconds": 1e-6}
+    assert not sweep(Seeing, inputs, **only)["errors"]
+    (module,) = made
+    assert len(set(module.seen[-12:])) == 3  # six rounds of two variants
+
+
+def test_without_a_twin_the_baseline_is_made_of_the_layer_or_masked(results):
+    assert {r["baseline"] for r in results["records"]} == {"dense"}
+
+    class Own(nn.Module):
+        def __init__(self, gate):
+            super().__init__()
+            self.gate = gate
+
+        def forward(self, x):
+            return x * self.gate(x)[..., None]
+
+    only = {"keeps": (0.5,), "batches": (2,), "patterns": ("iid",)}
+    assert [r["baseline"] for r in sweep(Own, inputs, **only, **QUICK)["records"]] == ["masked"]
+
+
+def test_inputs_that_fail_and_gates_that_nobody_asks_are_errors():
+    def small(batch):
+        if batch > 1:
+            raise MemoryError("too many")
+        return inputs(batch)
+
+    only = {"keeps": (0.5,), "patterns": ("iid",)}
+    results = sweep(layer, small, batches=(1, 4), **only, **QUICK)
+    assert len(results["records"]) == 1
+    assert results["errors"] == [{"point": "batch 4", "variant": "dyncore", "message": "MemoryError: too many"}]
+    with pytest.warns(
+        UserWarning, match="every point failed, the first by ValueError: make: expected a layer that asks"
+    ):
+        sweep(lambda gate: nn.Linear(16, 16), inputs, batches=(2,), **only, **QUICK)
+
+
 def test_rows_of_other_inputs_are_samples_and_a_twin_is_the_baseline():
     twin = nn.Linear(16, 16)
     only = {"keeps": (0.5,), "batches": (8,), "patterns": ("adversarial",)}
@@ -147,6 +196,10 @@ def test_ctrl_c_keeps_what_was_measured():
         ({"batches": (0,)}, "batches: expected whole numbers >= 1, got 0"),
         ({"patterns": ("zigzag",)}, "patterns: expected some of iid, clustered, correlated, adversarial, got 'zigzag'"),
         ({"granularities": ("page",)}, 'granularities: expected "row", "sample" or the rows of a tile, got \'page\''),
+        ({"keeps": 0.5}, "keeps: expected a list or tuple of shares above 0, up to 1, got float"),
+        ({"patterns": "iid"}, "patterns: expected a list or tuple of some of iid, .*, got str"),
+        ({"min_rounds": 0}, "min_rounds: expected a whole number >= 1, got 0"),
+        ({"recorded": torch.ones(0, dtype=torch.bool)}, "recorded: expected a mask of one row at least, got none"),
         ({"masks": 0}, "masks: expected a whole number >= 1, got 0"),
         ({"seconds": 0}, "seconds: expected a number above 0, got 0"),
         ({"recorded": torch.ones(3)}, r"recorded: expected a bool tensor, got torch\.float32"),
@@ -156,6 +209,13 @@ def test_ctrl_c_keeps_what_was_measured():
 def test_bad_arguments_are_named(more, message):
     with pytest.raises((TypeError, ValueError), match=message):
         sweep(layer, inputs, **more)
+
+
+def test_a_layer_in_the_place_of_what_makes_it_is_refused():
+    with pytest.raises(
+        TypeError, match=r"make: expected a function of a gate, `lambda gate: Skip\(..., gate\)`, got a"
+    ):
+        sweep(layer(lambda x: x[..., 0] > 0), inputs, **QUICK)
 
 
 def test_inputs_without_rows_are_refused():
