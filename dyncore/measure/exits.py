@@ -110,17 +110,23 @@ def exits(model: ExitLayer, x: object, y: Tensor, *, batch: int = 256) -> Exits:
         y: classes, int [N].
         batch: samples of one forward.
 
-    Raises TypeError on another model, ValueError where x and y do not fit, or where there are no samples.
+    Raises TypeError on another model or a y of no integers, IndexError on a class that the model does not have,
+    ValueError where x and y do not fit, or where there are no samples.
     """
     if not isinstance(model, ExitLayer):
         raise TypeError(f"model: expected an EarlyExit, a Cascade or another ExitLayer, got {type(model).__name__}")
     if not isinstance(y, Tensor) or y.dim() != 1 or not len(y):
         raise ValueError(f"y: expected classes [N] of at least one sample, got {_shown(y)}")
+    if y.dtype.is_floating_point or y.dtype.is_complex or y.dtype == torch.bool:
+        raise TypeError(f"y: expected classes as integers, got {y.dtype}")
     x = _plain(x)
     for t in pytree.tree_leaves(x):
         if isinstance(t, Tensor) and (t.dim() == 0 or len(t) != len(y)):
             raise ValueError(f"x: expected tensors of {len(y)} samples, as many as in y, got shape {list(t.shape)}")
     logits = _every_exit(model, x, len(y), batch)
+    classes, (low, high) = logits[-1].shape[1], (int(y.min()), int(y.max()))
+    if low < 0 or high >= classes:
+        raise IndexError(f"y: expected classes in 0..{classes - 1}, got {low}..{high}")
     taken = criteria.simulate(logits, model.criterion, model.costs)
     right = torch.stack([z.argmax(1) == y for z in logits])
     total = sum(model.costs)

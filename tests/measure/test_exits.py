@@ -98,6 +98,8 @@ BAD_CALLS = [
     (lambda: dc.measure.exits(model(), X, X), ValueError, "y: expected classes [N] of at least one sample, got shape [5, 3]"),
     (lambda: dc.measure.exits(model(), X[:0], Y[:0]), ValueError, "y: expected classes [N] of at least one sample, got shape [0]"),
     (lambda: dc.measure.exits(model(), X[:4], Y), ValueError, "x: expected tensors of 5 samples, as many as in y, got shape [4, 3]"),
+    (lambda: dc.measure.exits(model(), X, Y.float()), TypeError, "y: expected classes as integers, got torch.float32"),
+    (lambda: dc.measure.exits(model(), X, Y + 2), IndexError, "y: expected classes in 0..3, got 2..5"),
 ]  # fmt: skip
 
 
