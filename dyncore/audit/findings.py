@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from dyncore import break_even
+from dyncore.measure.calls import several
 from dyncore.measure.records import write_results
 from dyncore.measure.timing import Timing
 
@@ -101,18 +102,13 @@ def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.0%}"
 
 
-def _named(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
-
-
 def _by_text(texts: list[tuple[str | None, str]]) -> list[str]:
     """Of (text or None, name): each text with the names that have it in common."""
     groups: dict[str, list[str]] = {}
     for text, name in texts:
         if text is not None:
             groups.setdefault(text, []).append(name)
-    return [f"  {text}\n      for {_named(names)}" for text, names in groups.items()]
+    return [f"  {text}\n      for {several(names)}" for text, names in groups.items()]
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:

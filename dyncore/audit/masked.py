@@ -39,6 +39,9 @@ def masked_run(model: nn.Module, masked: Masked, inputs: Inputs) -> tuple[Layer,
     calls, _, _ = watch(model, inputs, {masked.layer})
     call = calls[masked.layer]
     layer.calls = call.count
+    if masked.what != "rows":
+        layer.why_not = f"the mask leaves out {masked.what} of its rows, and no whole rows"
+        return layer, None
     x, y = call.x, call.y
     if x is None or y is None or x.shape != y.shape or x.shape[: mask.dim()] != mask.shape:
         layer.why_not = "it does not give back rows of the shape of its input: the rows to leave out are not known"

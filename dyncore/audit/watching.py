@@ -77,9 +77,7 @@ def watch(model: nn.Module, inputs: Inputs, chosen: Collection[str]) -> tuple[di
     def after(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             inside.pop()
-            y = first_tensor(output)
-            if y is not None and name:
-                masks.made_by[y] = name
+            masks.returned(name, module, output)
             if name in calls:
                 call = calls[name]
                 calls[name] = Call(call.inputs, output if call.count == 0 else call.output, call.count + 1)

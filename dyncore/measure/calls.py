@@ -184,6 +184,12 @@ def title(name: str, layer: nn.Module) -> str:
     return f"{name} ({type(layer).__name__})" if name else type(layer).__name__
 
 
+def several(names: Sequence[str]) -> str:
+    """ "a, b, c and 5 more" """
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
 def failing_layer(call: Call) -> str | None:
     """The innermost layer whose forward fails, as `title`; None where none does."""
     if not isinstance(call.module, nn.Module):

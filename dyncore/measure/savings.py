@@ -25,6 +25,7 @@ from dyncore.measure.calls import (
     first_difference,
     preserved,
     seeded,
+    several,
     tensors,
     title,
     told,
@@ -301,18 +302,23 @@ class _Measuring:
         self.fields["joules"] = {name: each / size for name, each in found.items()}
 
     def masks(self) -> None:
-        """Layers that look dynamic and are not."""
+        """Layers that look dynamic and are not; those with as large a share in one sentence."""
         module = self.call.module
+        groups: dict[tuple[str, str], list[str]] = {}
         for masked in masked_layers(self.call):
             assert isinstance(module, nn.Module)
-            inside = [masked.layer.rsplit(".", k)[0] for k in range(1, masked.layer.count(".") + 1)]
-            if any(isinstance(module.get_submodule(name), DynamicLayer) for name in (*inside, "")):
+            outer = [masked.layer.rsplit(".", k)[0] for k in range(masked.layer.count(".") + 1)]
+            if any(isinstance(module.get_submodule(name), DynamicLayer) for name in (*outer, "")):
                 continue
             share = 1 - float(masked.mask.double().mean())
             layer = title(masked.layer, module.get_submodule(masked.layer))
+            groups.setdefault((f"{share:.0%}", masked.what), []).append(layer)
+        for (share, what), layers in groups.items():
+            one = len(layers) == 1
             self.notes.append(
-                f"{layer} computes every row, and a mask then makes 0 of {share:.0%} of them: its FLOP speed-up is 1.0 "
-                "and it saves nothing (dyncore audit says which line of code would)"
+                f"{several(layers)} compute{'s' * one} every {what[:-1]}, "
+                f"and a mask then makes 0 of {share} of them: {'its' if one else 'their'} FLOP speed-up is 1.0 "
+                f"and {'it saves' if one else 'they save'} nothing (dyncore audit says which line of code would)"
             )
 
     def run(self, details: bool) -> Savings:

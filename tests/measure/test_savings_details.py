@@ -17,6 +17,7 @@ from dyncore.execution import mode
 from dyncore.measure import GateSweep, Savings, SavingsError, Timing, energy, on_gpu
 from dyncore.measure.calls import Call, tensors
 from dyncore.measure.ceilings import ceilings
+from dyncore.measure.row_masks import masked_layers
 from dyncore.measure.stages import CALLING, STAGES, profile
 from dyncore.measure.timing import Interleaved, InterleavedCold, ratio_interval
 
@@ -461,6 +462,81 @@ def test_a_masked_layer_is_exposed():
         "0.f (Linear) computes every row, and a mask then makes 0 of 75% of them: its FLOP"
     )
     assert "speed-up is 1.0 and it saves nothing" in str(saved)
+
+
+class Spelled(nn.Module):
+    """A layer and a way to multiply what it computes by a mask."""
+
+    def __init__(self, layer, way):
+        super().__init__()
+        self.layer, self.way = layer, way
+
+    def forward(self, x):
+        return self.way(self.layer, x)
+
+
+def rows(x):
+    return (torch.arange(len(x)) % 4 == 0).float()[:, None]
+
+
+def places(x):
+    return (torch.arange(x[0, 0].numel()) % 4 == 0).float().view(1, 1, *x.shape[2:]).expand(len(x), -1, -1, -1)
+
+
+def zeroed(f, x):
+    y = f(x)
+    y[rows(x)[:, 0] == 0] = 0.0
+    return x + y
+
+
+SPELLINGS = {
+    "after an activation": lambda f, x: x + rows(x) * nn.functional.relu(f(x)),
+    "of the difference": lambda f, x: x + rows(x) * (f(x) - x),
+    "of the sum": lambda f, x: (x + f(x)) * rows(x) + x * (1 - rows(x)),
+    "lerp": lambda f, x: torch.lerp(x, f(x), rows(x)),
+    "addcmul": lambda f, x: torch.addcmul(x, rows(x), f(x)),
+    "rows set to 0": zeroed,
+    "of a view": lambda f, x: (f(x).view(4, 4, 8) * rows(x).view(4, 4, 1)).view(16, 8),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_mask_is_seen_however_it_is_spelled(spelling):
+    (masked,) = masked_layers(Call(Spelled(nn.Linear(8, 8), SPELLINGS[spelling]), (torch.randn(16, 8),), {}))
+    assert masked.layer == "layer"
+    assert masked.what == "rows"
+    assert masked.mask.double().mean() == 0.25
+
+
+def test_a_block_that_ends_in_an_activation_is_named_by_what_computes():
+    model = nn.Sequential(nn.Linear(8, 8), Spelled(nn.ReLU(), lambda f, x: f(x) * rows(x)))
+    assert [masked.layer for masked in masked_layers(Call(model, (torch.randn(16, 8),), {}))] == ["0"]
+
+
+def test_masks_of_places_and_channels_are_told():
+    fake = Spelled(nn.Conv2d(4, 4, 3, padding=1), lambda f, x: x + places(x) * f(x))
+    saved = dc.measure.savings(fake, torch.randn(2, 4, 4, 4), **QUICK)
+    assert saved.notes[0].startswith("layer (Conv2d) computes every place, and a mask then makes 0 of 75% of them")
+    narrow = Spelled(nn.Linear(8, 8), lambda f, x: (torch.arange(8) < 2) * f(x))
+    saved = dc.measure.savings(narrow, torch.randn(4, 8), **QUICK)
+    assert saved.notes[0].startswith("layer (Linear) computes every channel, and a mask then makes 0 of 75% of them")
+
+
+def test_what_is_no_mask_of_a_layer_is_none():
+    gain = nn.Parameter(torch.zeros(8))  # as residual blocks start with
+    for way in (
+        lambda f, x: x + gain * f(x),
+        lambda f, x: f(x).masked_fill(rows(x) == 0, -torch.inf),
+        lambda f, x: f(x) * nn.functional.relu(x),
+        lambda f, x: rows(x) * (f(x).t() @ f(x))[:1],
+    ):
+        assert masked_layers(Call(Spelled(nn.Linear(8, 8), way), (torch.randn(16, 8),), {})) == []
+
+
+def test_masked_layers_alike_share_a_sentence():
+    saved = dc.measure.savings(nn.Sequential(*[Fake() for _ in range(8)]), torch.randn(16, 16), **QUICK)
+    (note,) = saved.notes
+    assert note.startswith("0.f (Linear), 1.f (Linear), 2.f (Linear) and 5 more compute every row, and a mask then")
 
 
 def test_a_layer_that_skips_is_not_taken_for_a_masked_one():
