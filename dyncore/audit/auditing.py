@@ -26,6 +26,7 @@ from dyncore.measure.calls import first_tensor, tensors
 from dyncore.measure.environment import timing_warnings
 from dyncore.measure.flops import flops
 from dyncore.measure.records import new_results
+from dyncore.measure.row_masks import Masked
 from dyncore.measure.sparsity_statistics import LayerSparsity
 from dyncore.measure.timing import Interleaved, Timing
 
@@ -87,7 +88,7 @@ class _Auditing:
             self.notes.append(
                 f"the model returns {type(output).__name__} without tensors: its numbers are not compared"
             )
-        more = [masked_run(self.model, m, self.inputs) for m in masked]
+        more = [masked_run(self.model, m, self.inputs, _parallel(masked, m)) for m in masked]
         self._add([layer for layer, _ in more])
         sparsity = {} if twin is None else self._sparsity(twin)
         with _countable():
@@ -237,6 +238,12 @@ class _Auditing:
             self.fail(ROOT, error)
 
 
+def _parallel(masked: list[Masked], one: Masked) -> list[str]:
+    """Other masked layers of the same nn.ModuleList or the like."""
+    parent = one.layer.rpartition(".")[0]
+    return [m.layer for m in masked if m is not one and m.layer.rpartition(".")[0] == parent]
+
+
 def _seeded(run: Run) -> Any:
     """Its result with the random state of every other run: gates may draw."""
     with torch.random.fork_rng():
@@ -305,6 +312,11 @@ def audit(
     if isinstance(compiled, nn.Module):
         model = compiled
     auditing = _Auditing(model, _without_cache(model, as_inputs(inputs)), seconds, progress or (lambda _: None))
+    if auditing.inputs.random:
+        auditing.notes.append(
+            "the inputs are random numbers: with data (--inputs batch.pt) other activations are zero, and rows take "
+            "other ways"
+        )
     if compiled is not None:
         auditing.notes.append("the model is compiled: this is of the module inside, run eagerly")
     results = new_results(command)

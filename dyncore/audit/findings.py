@@ -223,15 +223,23 @@ class Audit:
     def __str__(self) -> str:
         lines = self._head()
         shown = [layer for layer in self.layers if layer.kind != "other"]
-        if shown:
+        if "flops" not in self.model:  # the forward failed
+            lines += ["", *self._failures()]
+            lines += ["", "nothing was measured; by the modules alone, without a call:"] if self.layers else []
+        elif shown:
             lines += ["", *self._table(shown), *self._rest(shown)]
         else:
             lines += ["", "no dynamic layer of dyncore, and none that dyncore replaces"]
-        how = _by_text([(layer.how, layer.name) for layer in self.layers if not layer.loses])
+        # mixtures first: convert.relu_sparse would take their experts, too
+        hows = sorted(self.layers, key=lambda layer: layer.kind == "relu")
+        how = _by_text([(layer.how, layer.name) for layer in hows if not layer.loses])
         why_not = _by_text([(layer.why_not, layer.name) for layer in self.layers])
         lines += ["", "how", *how] if how else []
         lines += ["", "why not", *why_not] if why_not else []
         lines += ["", *self.notes] if self.notes else []
         lines += [f"warning: {text}" for text in self.results.get("warnings", [])]
-        lines += [f"error: {e['point']}: {e['message']}" for e in self.errors]
+        lines += self._failures() if "flops" in self.model else []
         return "\n".join(lines)
+
+    def _failures(self) -> list[str]:
+        return [f"error: {e['point']}: {e['message']}" for e in self.errors]

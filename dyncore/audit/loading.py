@@ -21,6 +21,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from dyncore.measure.calls import told
+
 _SPEC = re.compile(
     r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?(?:<(?P<bound>\d+|vocab))?", re.ASCII
 )
@@ -105,10 +107,11 @@ def load_model(text: str) -> tuple[nn.Module, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What a model is called with: model(*args, **kwargs)."""
+    """What a model is called with: model(*args, **kwargs); `random`: made from shapes."""
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    random: bool = False
 
     def call(self, model: nn.Module) -> Any:
         return model(*self.args, **self.kwargs)
@@ -117,7 +120,7 @@ class Inputs:
         def move(t: Tensor) -> Tensor:
             return t.to(device)
 
-        return Inputs(*pytree.tree_map_only(Tensor, move, (self.args, self.kwargs)))
+        return Inputs(*pytree.tree_map_only(Tensor, move, (self.args, self.kwargs)), random=self.random)
 
     def __str__(self) -> str:
         def text(value: Any) -> str:
@@ -154,6 +157,8 @@ def _made(text: str, model: nn.Module, generator: torch.Generator) -> tuple[str 
     if match is None:
         raise ValueError(f"inputs: expected a file or a shape such as {_EXAMPLE}, got {text!r}")
     shape = [int(size) for size in match["shape"].split("x")]
+    if 0 in shape:
+        raise ValueError(f"inputs: expected sizes above 0, got {text!r}: of nothing, nothing is measured")
     floats = [p.dtype for p in model.parameters() if p.is_floating_point()]
     dtype: Any = torch.int64 if match["bound"] else floats[0] if floats else torch.float32
     if match["dtype"]:
@@ -177,11 +182,11 @@ def _from_file(path: Path) -> Inputs:
         return as_inputs(torch.load(path, map_location="cpu", weights_only=True))
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"inputs: expected tensors, numbers, tuples, lists and dicts in {path}, got something else, which "
-            f"torch.load refuses ({next(iter(str(error).splitlines()), '')})"
+            f"inputs: expected a file of torch.save with tensors, numbers, tuples, lists and dicts, got {path}, which "
+            "torch.load(weights_only=True) refuses"
         ) from error
     except Exception as error:
-        raise ValueError(f"inputs: expected a file of torch.save, cannot read {path}: {error}") from error
+        raise ValueError(f"inputs: expected a file of torch.save, cannot read {path} ({told(error)})") from error
 
 
 def load_inputs(texts: Sequence[str], model: nn.Module, found: Any = None) -> Inputs:
@@ -198,7 +203,8 @@ def load_inputs(texts: Sequence[str], model: nn.Module, found: Any = None) -> In
         names = [name for name, _ in made if name is not None]
         if len(set(names)) < len(names):
             raise ValueError(f"inputs: expected each name once, got {' '.join(texts)}")
-        return Inputs(tuple(t for name, t in made if name is None), {name: t for name, t in made if name is not None})
+        named = {name: t for name, t in made if name is not None}
+        return Inputs(tuple(t for name, t in made if name is None), named, random=True)
     if found is None:
         found = getattr(model, "dummy_inputs", None)
     if found is None:

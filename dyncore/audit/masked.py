@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,18 +31,32 @@ def _advice(name: str, mask: Tensor, way: str) -> str:
     )
 
 
-def masked_run(model: nn.Module, masked: Masked, inputs: Inputs) -> tuple[Layer, tuple[Run, Run] | None]:
-    """The finding, and (run now, run skipping) where its rows can be left out one by one."""
+def masked_run(
+    model: nn.Module, masked: Masked, inputs: Inputs, siblings: Sequence[str] = ()
+) -> tuple[Layer, tuple[Run, Run] | None]:
+    """The finding, and (run now, run skipping) where its rows can be left out one by one.
+
+    Siblings, other masked layers beside it, that are called with the same rows are experts: x + mask * f(x), which a
+    Skip computes, is not what a model has then.
+    """
     module, mask = model.get_submodule(masked.layer), masked.mask
     layer = Layer(masked.layer, type(module).__name__, "masked", f"computed in full, then masked {list(mask.shape)}")
     layer.density = float(mask.double().mean())
-    calls, _, _ = watch(model, inputs, {masked.layer})
+    calls, _, _ = watch(model, inputs, {masked.layer, *siblings})
     call = calls[masked.layer]
     layer.calls = call.count
     if masked.what != "rows":
         layer.why_not = f"the mask leaves out {masked.what} of its rows, and no whole rows"
         return layer, None
     x, y = call.x, call.y
+    beside = [name for name in siblings if name in calls and _same(calls[name].x, x)]
+    if beside:
+        layer.why_not = (
+            f"it and {len(beside)} beside it compute the same rows, each masked: experts of which a row takes some. "
+            "dyncore.nn.MoE.from_experts, or plan = dyncore.route(expert, weight, num_groups="
+            f"{len(beside) + 1}) and dyncore.grouped_mlp(x, w_in, w_out, plan=plan), compute the chosen ones alone"
+        )
+        return layer, None
     if x is None or y is None or x.shape != y.shape or x.shape[: mask.dim()] != mask.shape:
         layer.why_not = "it does not give back rows of the shape of its input: the rows to leave out are not known"
         return layer, None
@@ -68,6 +82,10 @@ def masked_run(model: nn.Module, masked: Masked, inputs: Inputs) -> tuple[Layer,
         return x + factor * module(x)
 
     return layer, (now, lambda: skip(x))
+
+
+def _same(x: Tensor | None, y: Tensor | None) -> bool:
+    return x is not None and y is not None and x.shape == y.shape and bool(torch.equal(x, y))
 
 
 def _rows_alone(module: nn.Module, x: Tensor, y: Tensor, mask: Tensor) -> str | None:

@@ -85,6 +85,12 @@ def test_speed_ups_of_samples_that_spread_are_marked(whole):
     assert shown.record()["records"][0]["noisy"]
 
 
+def test_mixtures_come_before_relu_sparse_which_would_take_their_experts(whole):
+    untimed = [dataclasses.replace(found, timings={}) for found in whole.layers]
+    shown = str(dataclasses.replace(whole, layers=untimed))
+    assert shown.index("MoE.from_experts(list") < shown.index("dyncore.convert.relu_sparse(model)")
+
+
 def test_why_not_is_said(whole):
     assert "got gelu" in layer(whole, "gelu").why_not
     assert layer(whole, "unused").why_not == "these inputs do not reach it"
@@ -150,6 +156,15 @@ def test_a_mask_is_seen_however_it_is_multiplied(how):
     found = layer(audited(models.Masked(how), torch.randn(32, 64)), "block", "masked")
     assert found.density == 0.25
     assert found.flops["replaced"] * 4 == found.flops["now"]
+
+
+def test_experts_that_compute_every_row_are_no_skips():
+    found = audited(models.Everyone(), torch.randn(12, 64))
+    for i in range(3):
+        expert = layer(found, f"experts.{i}", "masked")
+        assert expert.how is None
+        assert "it and 2 beside it compute the same rows" in expert.why_not
+        assert "num_groups=3" in expert.why_not
 
 
 def test_rows_that_are_mixed_cannot_be_left_out():
@@ -364,7 +379,7 @@ def test_bad_inputs_are_named(specs, message):
 def test_files_of_other_things_are_refused(tmp_path):
     path = tmp_path / "batch.pt"
     torch.save({"x": Skip}, path)
-    with pytest.raises(ValueError, match="expected tensors, numbers, tuples, lists and dicts"):
+    with pytest.raises(ValueError, match=r"tensors, numbers, tuples, .*, got .*batch.pt, which .* refuses$"):
         load_inputs([str(path)], nn.Linear(2, 2))
     path.write_text("hello")
     with pytest.raises(ValueError, match="inputs: expected"):
