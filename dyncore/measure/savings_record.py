@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
 from dyncore.measure.ceilings import Ceilings
 from dyncore.measure.flops import Flops
+from dyncore.measure.records import new_results, write_results
 from dyncore.measure.timing import Timing, ratio_interval
 
+SCHEMA = "dyncore.savings/1"
 _NOISY = 0.05  # half the width of the interval of SE, over SE, from which on a record calls itself noisy
 
 
@@ -133,7 +136,7 @@ class Savings:
 
     @property
     def flop_speedup(self) -> float:
-        """FLOPs of the baseline over those executed; infinite if none was, 1 if the baseline has none either."""
+        """FLOPs of the baseline over those executed; infinite if none was, 1 if the baseline has none, too."""
         executed, all_of_it = self.flops["sparse"], self.flops[self.baseline]
         if executed:
             return all_of_it / executed
@@ -152,13 +155,15 @@ class Savings:
 
     @property
     def se(self) -> float | None:
-        """Scaling efficiency: wall-clock speed-up over FLOP speed-up; None if all FLOPs were skipped."""
+        """Scaling efficiency: wall-clock speed-up over FLOP speed-up; None if one of them has no FLOPs."""
         flop_speedup = self.flop_speedup
-        return None if math.isinf(flop_speedup) else scaling_efficiency(self.wall_clock_speedup, flop_speedup)
+        return None if flop_speedup in (0, math.inf) else scaling_efficiency(self.wall_clock_speedup, flop_speedup)
 
     @property
     def rsr(self) -> float | None:
         """Realised saving: share of time saved over share of FLOPs saved; None if no FLOP was."""
+        if not self.flops[self.baseline]:
+            return None
         times = self.timings["sparse"].median, self.timings[self.baseline].median
         return realised_saving(*times, self.flops["sparse"], self.flops[self.baseline])
 
@@ -198,10 +203,13 @@ class Savings:
         return None if self.bytes is None else self.bytes / self.timings["sparse"].median / 1e9
 
     def record(self) -> dict[str, Any]:
-        """As a plain dict, raw samples included: the schema of docs/measuring.md."""
+        """A document of schema dyncore.savings/1, raw samples included: fields as in docs/results.md."""
+        results = new_results("measure.savings")
         interval = self.interval
         layered = {name: count for name, count in self.flops.items() if isinstance(count, Flops)}
         return {
+            "schema": SCHEMA,
+            **{name: results[name] for name in ("created", "command", "environment")},
             **self.about,
             "baseline": self.baseline,
             "flops": {name: int(count) for name, count in self.flops.items()},
@@ -234,6 +242,10 @@ class Savings:
             "errors": [dict(error) for error in self.errors],
         }
 
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Write `record()` as JSON, for `dyncore report` to draw."""
+        write_results(path, self.record())
+
     def __str__(self) -> str:
         lines = [
             f"{name:7} {_shown(self.flops[name])} {_timed(timing, 10)}"
@@ -254,7 +266,7 @@ class Savings:
             if speedup < 1
             else None
         )
-        flops = "all skipped" if se is None else f"{speedup:.2f}x"
+        flops = "all skipped" if math.isinf(speedup) else f"{speedup:.2f}x"
         lines.append(
             f"against {self.baseline}: FLOPs {flops}, wall clock {self.wall_clock_speedup:.2f}x, "
             f"SE {f'{se:.2f}' if why is None else f'- ({why})'}, RSR {f'{rsr:.2f}' if why is None else '-'}"

@@ -177,6 +177,9 @@ def test_where_all_was_skipped_or_nothing_multiplies_there_is_no_se():
     assert "FLOPs 1.00x" in str(nothing)
     assert "SE - (no matrix products are counted)" in str(nothing)
     assert "within noise" not in str(nothing)
+    added = saved_with((100,) * 5, (100,) * 5, flops=(100, 0))
+    assert (added.flop_speedup, added.se, added.rsr) == (0.0, None, None)
+    assert "FLOPs 0.00x" in str(added)
 
 
 def test_on_a_gpu_samples_are_cold_and_lie_between_events(monkeypatch):

@@ -11,8 +11,9 @@ from torch import nn
 from dyncore.audit import audit
 from dyncore.bench import points
 from dyncore.bench.contest import measure
-from dyncore.measure import activation_sparsity, new_results, ranking, sweep
+from dyncore.measure import activation_sparsity, new_results, ranking, savings, sweep
 from dyncore.nn import Skip
+from dyncore.report.documents import read_document
 from tests.json_schema import ROOT, SCHEMA, check, problems
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -50,6 +51,17 @@ def test_zeros_fit():
     check(activation_sparsity(relu, [torch.randn(8, 16)]).record())
 
 
+def test_savings_fit(tmp_path):
+    saved = savings(Skip(nn.Linear(8, 8), lambda x: x[:, 0] > 0), torch.randn(16, 8), seconds=0.01)
+    assert saved.sweep is not None
+    check(saved.record())
+    check(savings(nn.ReLU(), torch.randn(4), seconds=0.01, min_rounds=1, details=False).record())
+    saved.to_json(tmp_path / "saved.json")
+    document = read_document(tmp_path / "saved.json")
+    assert document.head["environment"]["versions"]["torch"] == torch.__version__
+    assert document.comparisons
+
+
 def test_a_ranking_fits():
     pytest.importorskip("scipy")
     check(ranking({"a": torch.randn(2, 20), "b": torch.randn(20)}, permutations=10).record())
@@ -70,7 +82,7 @@ def test_what_does_not_fit_is_found_by_its_path():
 
 def test_the_page_says_what_every_field_is():
     page = Path(ROOT / "docs" / "results.md").read_text()
-    for kind in ("results", "record", "audit", "layer", "timing", "environment"):
+    for kind in ("results", "record", "audit", "layer", "timing", "environment", "savings"):
         for name, field in SCHEMA["$defs"][kind]["properties"].items():
             rows = re.findall(rf"^\| `{name}` \| (.*) \|$", page, re.M)
             known = kind == "audit" and name in SCHEMA["$defs"]["results"]["properties"]
