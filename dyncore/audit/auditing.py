@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dyncore import break_even
 from dyncore.audit.candidates import ROOT, Candidate, candidates
-from dyncore.audit.findings import PAYS, Audit, Layer
+from dyncore.audit.findings import Audit, Layer
 from dyncore.audit.loading import Failed, Inputs, as_inputs, place_of
 from dyncore.audit.masked import masked_run
 from dyncore.audit.mixtures import moe_run
@@ -106,7 +106,7 @@ class _Auditing:
             self.progress(layer.name)
             if runs is not None:
                 self._measure(layer, *runs)
-                self._judge(layer)
+                layer.judge()
         if twin is not None:
             self._whole(twin, output)
 
@@ -159,7 +159,7 @@ class _Auditing:
             if layer.kind == "moe":
                 _routing(layer, module, call)
             self._measure(layer, now, lambda: call.inputs.call(other))
-        self._judge(layer)
+        layer.judge()
 
     def _zeros(self, layer: Layer, zeros: LayerSparsity, call: Call) -> None:
         x = call.x
@@ -191,30 +191,6 @@ class _Auditing:
         return Interleaved(runs, synchronize=synchronize).run(
             seconds=self.seconds, min_rounds=5, limit=10 * self.seconds
         )
-
-    def _judge(self, layer: Layer) -> None:
-        """Why it does not pay, where it does not."""
-        speedup, saved = layer.speedup, layer.flop_speedup
-        if layer.why_not is not None or speedup is None:
-            return
-        if layer.kind == "dynamic" and (saved is None or saved < 1.005):
-            layer.why_not = (
-                "nothing was skipped on these inputs: it executes as many FLOPs as computing everything does"
-            )
-            return
-        if speedup >= PAYS:
-            return
-        if layer.kind == "relu" and layer.density is not None and layer.break_even is not None:
-            if layer.density >= layer.break_even:
-                layer.why_not = (
-                    f"too few zeros on these inputs: {1 - layer.density:.0%}, and skipping them pays from "
-                    f"{1 - layer.break_even:.0%} on"
-                )
-                return
-        if layer.kind == "relu" and layer.density is None:
-            layer.why_not = "less than 10% of its activations are zero on these inputs"
-        else:
-            layer.why_not = f"what it saves is lost again at this size: measured {speedup:.2f}x"
 
     def _whole(self, twin: nn.Module, output: Any) -> None:
         """The model as it is against the one in which all is replaced."""

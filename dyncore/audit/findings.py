@@ -9,7 +9,7 @@ from typing import Any
 from dyncore import break_even
 from dyncore.measure.calls import several
 from dyncore.measure.records import write_results
-from dyncore.measure.timing import Timing
+from dyncore.measure.timing import Timing, ratio_interval
 
 SCHEMA = "dyncore.audit/1"
 _TEXTS = 2  # columns of a table that hold text
@@ -67,6 +67,11 @@ class Layer:
         return is_noisy(self.timings)
 
     @property
+    def interval(self) -> tuple[float, float] | None:
+        """Where the speed-up lies with 95%; None where fewer than five samples were taken of a side."""
+        return ratio_interval(self.timings["now"], self.timings["replaced"]) if len(self.timings) > 1 else None
+
+    @property
     def loses(self) -> bool:
         """Whether it was measured not to pay."""
         return self.speedup is not None and self.speedup < PAYS
@@ -77,6 +82,28 @@ class Layer:
         now, replaced = self.flops.get("now"), self.flops.get("replaced")
         return now / replaced if now and replaced else None
 
+    def judge(self) -> None:
+        """Say in `why_not` why it does not pay, where the samples show that, or that they cannot tell."""
+        if self.why_not is None and self.speedup is not None:
+            self.why_not = self._verdict(self.speedup)
+
+    def _verdict(self, speedup: float) -> str | None:
+        saved = self.flop_speedup
+        if self.kind == "dynamic" and (saved is None or saved < 1.005):
+            return "nothing was skipped on these inputs: it executes as many FLOPs as computing everything does"
+        low, high = self.interval or (speedup, speedup)
+        if low < PAYS <= high:
+            what = f"{low:.2f}x to {high:.2f}x with 95%"
+            return f"whether it pays is not known: {what}; more seconds or a quieter machine would say more"
+        if speedup >= PAYS:
+            return None
+        if self.kind == "relu" and self.density is None:
+            return "less than 10% of its activations are zero on these inputs"
+        if self.kind == "relu" and self.break_even is not None and (self.density or 0) >= self.break_even:
+            zeros, needed = 1 - (self.density or 0), 1 - self.break_even
+            return f"too few zeros on these inputs: {zeros:.0%}, and skipping them pays from {needed:.0%} on"
+        return f"what it saves is lost again at this size: measured {speedup:.2f}x"
+
     def record(self) -> dict[str, Any]:
         """As a plain dict, raw samples included."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -84,6 +111,7 @@ class Layer:
             **fields,
             "timings": {name: timing.record() for name, timing in self.timings.items()},
             "speedup": self.speedup,
+            "interval": self.interval,
             "noisy": self.noisy,
             "flop_speedup": self.flop_speedup,
         }

@@ -386,3 +386,18 @@ def test_files_of_other_things_are_refused(tmp_path):
         load_inputs([str(path)], nn.Linear(2, 2))
     with pytest.raises(ValueError, match="inputs: expected one file, or shapes alone"):
         load_inputs([str(path), "8x2"], nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("now", "replaced", "words"),
+    [
+        ((100, 200, 300, 120, 90, 400), (100, 90, 310, 150, 200, 120), "whether it pays is not known: 0."),
+        ((200,) * 6, (100,) * 6, None),
+        ((100,) * 6, (100,) * 6, "what it saves is lost again at this size: measured 1.00x"),
+    ],
+)
+def test_a_verdict_is_given_where_the_samples_carry_it(now, replaced, words):
+    found = Layer("0", "Linear", "masked", "rows", how="a line of code")
+    found.timings = {"now": Timing(now), "replaced": Timing(replaced)}
+    found.judge()
+    assert (found.why_not or "").startswith(words) if words else found.why_not is None
