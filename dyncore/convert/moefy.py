@@ -48,8 +48,7 @@ def moefy(
         data: what the model is called with (a tensor, or a mapping of keyword arguments), or an iterable of such
             batches; a few thousand rows do. None: routers stay untrained, and tau has to stay 1 until they are.
         tau: of the new layers. router_dim, steps: width of the routers, and steps of Adam that each is trained.
-        progress: called with (MLPs done, of how many, name of the latest) after each: one of H=768, I=3072
-            takes 3 s on two cores, with 4096 rows and the defaults.
+        progress: called with (MLPs done, of how many, name of the latest) after each, which takes seconds.
 
     Returns a Report of what was split, with each router's error (0 is exact, 1 as good as none) and FLOPs, and of what
     looks like an MLP and was kept, and why. Warns where a router costs as much as its experts can save. Convert before
