@@ -233,7 +233,8 @@ class Audit:
             *_aligned(rows),
             "GFLOP: of one call, 2 per multiply-add; needed: share of rows, experts or activations; break-even: from "
             f"which share on computing everything is faster, 100%: never ({measured}); FLOPs, time: speed-ups of the "
-            f"layer on these inputs, counted and measured; ~: samples spread by more than {_NOISY_ABOVE:.0%}",
+            "layer on these inputs, counted (zeros as skipped, even above the break-even) and measured; ~: samples "
+            f"spread by more than {_NOISY_ABOVE:.0%}",
         ]
 
     def _rest(self, layers: list[Layer]) -> list[str]:

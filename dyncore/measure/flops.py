@@ -87,9 +87,10 @@ def flops(fn: Callable[..., Any], *inputs: Any, per_row: bool = False, **kwargs:
     Element-wise ops count as 0. An op that may do more and has no formula is reported (`Flops.uncounted`);
     `torch.utils.flop_counter.register_flop_formula(torch.ops.mylib.op)` gives it one. What is no op of torch in the
     calling thread cannot be seen, and is not reported: a Triton kernel launched without an op, work handed to other
-    threads, products of numpy. What torch.compile compiled runs eagerly here (a graph shows a counter nothing), so that
-    a mask's live rows count; compiled code gives a mask that nobody has counted (of a ThresholdGate, say) room for
-    every row, and a Skip's or TokenSkip's own module runs on them all.
+    threads, products of numpy. `sparse_linear` and `sparse_mlp` count the products of what is not zero, also of rows
+    with so few zeros that "auto" execution computes them densely. What torch.compile compiled runs eagerly here (a
+    graph shows a counter nothing), so that a mask's live rows count; compiled code gives a mask that nobody has counted
+    (of a ThresholdGate, say) room for every row, and a Skip's or TokenSkip's own module runs on them all.
 
     With per_row each of the B samples is run alone, as a batch of one, and then all of them together, whose records
     (`last_cost`) layers keep. So any model's samples are counted exactly, whatever it skips, however its layers are
