@@ -20,6 +20,10 @@ from dyncore.measure import ranking_statistics as statistics
 from dyncore.measure.records import new_results, write_results
 
 SCHEMA = "dyncore.ranking/1"
+_LEGEND = (
+    "of ceiling: tau-b over that of each method's own seeds; overlap: of the most expensive examples; tail: a tau that "
+    "weighs these most; p: by permutation"
+)
 _MATRICES = ("tau", "rho", "overlap", "tail", "p_value", "corrected")
 _RECORDED = 2000  # examples whose ranks a document holds: of more every second, every third, ...
 _PICTURES = 12
@@ -249,7 +253,7 @@ class Ranking:
         few = [f"{name} {n}" for name, n in zip(self.methods, self.distinct, strict=True) if n < self.examples / 2]
         if few:
             lines.append(f"mostly ties, with so many different values: {', '.join(few)}")
-        return "\n".join([*lines, f"{self.examples} examples; overlap by chance {self.q:g}"])
+        return "\n".join([*lines, f"{self.examples} examples; overlap by chance {self.q:g}", _LEGEND])
 
 
 def _shown_number(value: Tensor, digits: int = 2) -> str:

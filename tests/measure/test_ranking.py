@@ -83,6 +83,7 @@ def test_a_method_that_spends_the_same_on_all_has_no_ranking():
     assert found.record()["intervals"]["tau"][1][0][1] is None
     assert found.distinct == (1, 9)
     assert "mostly ties, with so many different values: a 1" in str(found)
+    assert str(found).splitlines()[-1].startswith("of ceiling: tau-b over that of each method's own seeds; overlap: ")
     assert "-" in str(found)
 
 
