@@ -45,15 +45,21 @@ def seeded(fn: Callable[..., Any], *args: Any) -> Any:
 
 @contextmanager
 def preserved(module: object) -> Generator[None]:
-    """Gives a module's buffers back the values that forwards change, such as the statistics of a BatchNorm."""
-    buffers = list(module.buffers()) if isinstance(module, nn.Module) else []
-    before = [(b, b.clone()) for b in buffers if not b.is_inference()]
+    """Gives a module's buffers back, with the values that forwards change, such as the statistics of a BatchNorm."""
+    owners = module.modules() if isinstance(module, nn.Module) else ()
+    before = [
+        (owner, name, buffer, None if buffer.is_inference() else buffer.clone())
+        for owner in owners
+        for name, buffer in owner.named_buffers(recurse=False)
+    ]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, value in before:
-                if not torch.equal(buffer, value):
+            for owner, name, buffer, value in before:
+                if getattr(owner, name) is not buffer:
+                    setattr(owner, name, buffer)
+                if value is not None and not torch.equal(buffer, value):
                     buffer.copy_(value)
 
 

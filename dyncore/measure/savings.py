@@ -105,10 +105,20 @@ class _Measuring:
 
     def check(self, tolerance: float | None) -> None:
         """That the module runs, and gives in "sparse" what it gives in "masked"; then the other baselines."""
+        given = [t for t in tensors((self.call.args, self.call.kwargs)) if not t.is_inference()]
+        before = [(t, t._version, t.detach().clone()) for t in given]
         try:
-            sparse: Result = seeded(self.call)
+            with preserved(self.call.module):
+                sparse: Result = seeded(self.call)
         except Exception as error:
             raise self.refuse(f"module: {failure(self.call, error)}", error) from error
+        changed = [(t, value) for t, version, value in before if t._version != version]
+        for t, value in changed:
+            t.data.copy_(value)
+        if changed:
+            raise self.refuse(
+                "module: it changes its input in place, and no two calls are alike; let it work on a clone"
+            )
         self.flops["sparse"] = self.count(self.call)
         if not sparse.values:
             self.notes.append("the module returns no tensors that are known of: its numbers are not compared")
@@ -142,7 +152,8 @@ class _Measuring:
     def masked(self, sparse: Result, tolerance: float | None) -> None:
         call = dataclasses.replace(self.call, mode="masked")
         try:
-            masked: Result = seeded(call)
+            with preserved(call.module):
+                masked: Result = seeded(call)
         except Exception as error:
             message = f"masked execution {failure(call, error)}"
             self.unavailable["masked"] = message
@@ -164,7 +175,8 @@ class _Measuring:
             return call()
 
         # as a method of the module, so that its layers are named
-        return seeded(flops, types.MethodType(run, call.module) if isinstance(call.module, nn.Module) else call)
+        with preserved(call.module):
+            return seeded(flops, types.MethodType(run, call.module) if isinstance(call.module, nn.Module) else call)
 
     def dense(self) -> None:
         if self.compiled:
@@ -176,7 +188,8 @@ class _Measuring:
             raise rivals.NoBaseline("the module is compiled, and so are the ops in it")
         plain = PlainOps()
         call = dataclasses.replace(self.call, around=plain)
-        result: Result = seeded(dataclasses.replace(call, around=plain.counting))
+        with preserved(call.module):
+            result: Result = seeded(dataclasses.replace(call, around=plain.counting))
         if not plain.used:
             module = self.call.module
             dynamic = isinstance(module, nn.Module) and any(isinstance(m, DynamicLayer) for m in module.modules())

@@ -433,6 +433,66 @@ def test_buffers_that_forwards_change_are_given_back():
     assert norm.running_mean.count_nonzero() == 0
 
 
+class Counting(nn.Module):
+    """With a state that each call replaces."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        return x + self.calls
+
+
+def test_a_state_that_forwards_replace_is_given_back():
+    module = Counting()
+    state = module.calls
+    saved = dc.measure.savings(module, torch.randn(4, 8), **QUICK)
+    assert set(saved.timings) == {"sparse", "masked"}
+    assert module.calls is state
+    assert int(state) == 0
+
+
+def test_an_input_that_is_changed_in_place_is_refused_and_given_back():
+    x = torch.randn(4, 8)
+    before = x.clone()
+    with pytest.raises(SavingsError, match="module: it changes its input in place"):
+        dc.measure.savings(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 8)), x, **QUICK)
+    assert torch.equal(x, before)
+
+
+def test_timing_goes_on_where_the_ratio_is_not_known(monkeypatch):
+    intervals = iter([(0.5, 1.5), (0.99, 1.01), None])
+    monkeypatch.setattr(sys.modules["dyncore.measure.savings"], "ratio_interval", lambda *timings: next(intervals))
+    seconds = []
+
+    def run(self, **options):
+        seconds.append(options["seconds"])
+        self.rounds += 5
+        for samples in self.samples.values():
+            samples += [100] * 5
+        return self.timings()
+
+    monkeypatch.setattr(Interleaved, "run", run)
+    saved = dc.measure.savings(lambda x: x + 1, torch.randn(4), seconds=4.0, details=False)
+    assert seconds == [4.0, 2.0]
+    assert len(saved.timings["sparse"].samples_ns) == 10
+
+
+def test_energy_is_of_one_sample(monkeypatch):
+    monkeypatch.setattr(sys.modules["dyncore.measure.savings"], "joules", lambda run, device, seconds: 8.0)
+    assert dc.measure.savings(lambda x: x + 1, torch.randn(4), **SHORT).joules == {"sparse": 2.0, "masked": 2.0}
+
+
+@pytest.mark.parametrize(("spread", "noisy"), [(0.03, False), (0.08, True)])
+def test_noise_is_told_from_5_percent_on(monkeypatch, spread, noisy):
+    monkeypatch.setattr(
+        sys.modules["dyncore.measure.savings_record"], "ratio_interval", lambda *t: (3 * (1 - spread), 3 * (1 + spread))
+    )
+    assert (saved_with((100,), (300,)).noise is not None) == noisy
+
+
 def test_keyword_arguments_are_those_of_the_module():
     saved = dc.measure.savings(lambda x, scale: x * scale, torch.randn(4), kwargs={"scale": 2.0}, **QUICK)
     assert set(saved.timings) == {"sparse", "masked"}
