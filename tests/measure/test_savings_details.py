@@ -250,6 +250,14 @@ def test_ceilings_are_measured_once(monkeypatch):
     assert ceilings(torch.device("cpu"), torch.float64) is found
 
 
+def test_ceilings_are_2_flops_a_multiply_add_and_bytes_both_ways(monkeypatch):
+    module = sys.modules["dyncore.measure.ceilings"]
+    monkeypatch.setattr(module, "_shortest", lambda run, device: 1.0)
+    monkeypatch.setattr(module, "last_level_cache", lambda: 1000)
+    found = module._measured.__wrapped__(torch.device("cpu"), torch.float32, 1)
+    assert found == (2 * 768**3 / 1e9, 2 * 2**26 / 1e9)
+
+
 def package(root, number, microjoules):
     folder = root / f"intel-rapl:{number}"
     folder.mkdir(parents=True, exist_ok=True)
