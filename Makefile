@@ -4,6 +4,7 @@ VENV ?= .venv
 OUT ?= gpu-results
 PART ?= all
 JOBS ?= 2
+BUILD_JOBS ?= 2
 TORCHES ?= 2.11.0 2.13.0 2.14.1
 
 BIN := $(VENV)/bin
@@ -16,7 +17,7 @@ TEST_PARTS := test-rest test-ops test-nn test-backends test-aot test-interpret
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -q
 AT_ONCE := $(MAKE) --no-print-directory -j $(JOBS) $(if $(filter output-sync,$(.FEATURES)),--output-sync)
 
-.PHONY: bench test $(TEST_PARTS) sanitize lint format docs benchmark gpu wheel wheel-check clean
+.PHONY: bench test $(TEST_PARTS) sanitize check lint format docs benchmark gpu wheel wheel-check clean
 
 bench: $(VENV)/.ready
 	$(BIN)/dyncore bench --quick
@@ -45,8 +46,12 @@ sanitize: $(VENV)/.ready
 sanitize-%: $(VENV)/.ready
 	$(BIN)/cmake -S . -B build/sanitize/$* -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 	  -DCMAKE_BUILD_TYPE=Release -DDYNCORE_SANITIZE=$* --log-level=WARNING
-	$(BIN)/cmake --build build/sanitize/$*
+	$(BIN)/cmake --build build/sanitize/$* -j $(BUILD_JOBS)
 	build/sanitize/$*/kernels_test
+
+# `make test` and `make sanitize` in one: no core waits for the last part of either.
+check: $(VENV)/.ready
+	$(AT_ONCE) BUILD_JOBS=1 test-rest sanitize-address,undefined sanitize-thread $(filter-out test-rest,$(TEST_PARTS))
 
 benchmark: $(VENV)/.ready
 	$(BIN)/python -m pytest benchmarks --benchmark-only -q
