@@ -49,9 +49,9 @@ sanitize-%: $(VENV)/.ready
 	$(BIN)/cmake --build build/sanitize/$* -j $(BUILD_JOBS)
 	build/sanitize/$*/kernels_test
 
-# `make test` and `make sanitize` in one: no core waits for the last part of either.
-check: $(VENV)/.ready
-	$(AT_ONCE) BUILD_JOBS=1 test-rest sanitize-address,undefined sanitize-thread $(filter-out test-rest,$(TEST_PARTS))
+# `make test`, `make sanitize` and `make lint` in one: no core waits for the last part of any.
+check: $(VENV)/.dev
+	$(AT_ONCE) BUILD_JOBS=1 lint test-rest sanitize-address,undefined sanitize-thread $(filter-out test-rest,$(TEST_PARTS))
 
 benchmark: $(VENV)/.ready
 	$(BIN)/python -m pytest benchmarks --benchmark-only -q
