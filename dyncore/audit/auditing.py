@@ -25,8 +25,8 @@ from dyncore.measure.agreement import VALUES, disagreement
 from dyncore.measure.calls import first_tensor, tensors
 from dyncore.measure.environment import timing_warnings
 from dyncore.measure.flops import flops
+from dyncore.measure.masked_layers import Masked
 from dyncore.measure.records import new_results
-from dyncore.measure.row_masks import Masked
 from dyncore.measure.sparsity_statistics import LayerSparsity
 from dyncore.measure.timing import Interleaved, Timing
 

@@ -14,7 +14,7 @@ from dyncore.audit.loading import Inputs
 from dyncore.audit.watching import watch
 from dyncore.measure.agreement import disagreement
 from dyncore.measure.calls import first_tensor
-from dyncore.measure.row_masks import Masked
+from dyncore.measure.masked_layers import Masked
 from dyncore.nn.inputs import takes
 from dyncore.nn.skip import Skip
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dyncore.audit.loading import Failed, Inputs, place_of
 from dyncore.measure.calls import first_tensor
-from dyncore.measure.row_masks import Masked, RowMasks
+from dyncore.measure.masked_layers import Masked, RowMasks
 
 
 @dataclasses.dataclass(frozen=True)

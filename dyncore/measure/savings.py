@@ -35,8 +35,8 @@ from dyncore.measure.energy import NoMeter, joules
 from dyncore.measure.environment import OtherWork, timing_warnings
 from dyncore.measure.flops import Flops, flops
 from dyncore.measure.forcing import NotForced, forced
+from dyncore.measure.masked_layers import masked_layers
 from dyncore.measure.naive import PlainOps
-from dyncore.measure.row_masks import masked_layers
 from dyncore.measure.savings_record import (
     GateSweep,
     Savings,

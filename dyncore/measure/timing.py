@@ -166,20 +166,25 @@ class Interleaved:
 _AHEAD = 2_000_000
 
 
+def _between_events(fn: Callable[..., Any], args: tuple[Any, ...]) -> int:
+    """Nanoseconds of the current CUDA device between two events around fn(*args)."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    kept = fn(*args)
+    end.record()
+    end.synchronize()
+    del kept
+    return max(1, int(start.elapsed_time(end) * 1e6))  # from milliseconds
+
+
 class InterleavedOnDevice(Interleaved):
     """Interleaved, but a sample lies between two events of the current CUDA device: the host's part of a call is not in
     it."""
 
     def _time(self, name: str, round: int) -> int:
         args = self._arguments(name, round)
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda._sleep(_AHEAD)
-        start.record()
-        kept = self.variants[name](*args)
-        end.record()
-        end.synchronize()
-        del kept
-        return max(1, int(start.elapsed_time(end) * 1e6))  # from milliseconds
+        return _between_events(self.variants[name], args)
 
 
 class InterleavedCold(Interleaved):
@@ -193,15 +198,9 @@ class InterleavedCold(Interleaved):
         if self._swept is None:
             size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
             self._swept = torch.empty(2 * max(size, 2**25), dtype=torch.uint8, device="cuda")
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
         self._swept.zero_()
-        start.record()
-        kept = self.variants[name](*args)
-        end.record()
-        end.synchronize()
-        del kept
-        return max(1, int(start.elapsed_time(end) * 1e6))  # from milliseconds
+        return _between_events(self.variants[name], args)
 
 
 def timer(

@@ -11,7 +11,7 @@ from dyncore.audit import Layer, audit
 from dyncore.audit.loading import as_inputs, load_inputs
 from dyncore.measure import Timing
 from dyncore.measure.calls import tensors
-from dyncore.measure.row_masks import row_mask
+from dyncore.measure.masked_layers import mask_of
 from dyncore.nn import MoE, Skip
 from tests.audit import models
 
@@ -191,11 +191,11 @@ def test_samples_of_pictures_are_rows_too():
 
 def test_factors_that_are_no_masks_of_rows_are_none():
     y = torch.randn(4, 3, 8)
-    assert row_mask(torch.randn(4, 3, 1), y) is None  # nothing is 0
-    assert row_mask(torch.zeros(8), y) is None  # columns
-    assert row_mask(torch.tensor(0.0), y) is None
-    assert row_mask(torch.tensor([[1.0], [0.0], [2.0]]), y).tolist() == [[True, False, True]] * 4
-    assert row_mask(torch.tensor([1.0, 0, 0, 1]).view(4, 1, 1), y).tolist() == [True, False, False, True]
+    assert mask_of(torch.randn(4, 3, 1), y) is None  # nothing is 0
+    assert mask_of(torch.zeros(8), y) is None  # columns
+    assert mask_of(torch.tensor(0.0), y) is None
+    assert mask_of(torch.tensor([[1.0], [0.0], [2.0]]), y).tolist() == [[True, False, True]] * 4
+    assert mask_of(torch.tensor([1.0, 0, 0, 1]).view(4, 1, 1), y).tolist() == [True, False, False, True]
 
 
 def test_a_dynamic_layer_that_skips_nothing_is_exposed():

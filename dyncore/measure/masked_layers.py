@@ -60,7 +60,7 @@ def _aligned(m: Tensor, y: Tensor) -> list[int] | None:
     return shape if all(s in (1, n) for s, n in zip(shape, y.shape, strict=True)) else None
 
 
-def row_mask(m: Tensor, y: Tensor) -> Tensor | None:
+def mask_of(m: Tensor, y: Tensor) -> Tensor | None:
     """bool, of y's leading dimensions: where the factor m, broadcast to y, is not 0; None where it is no factor of
     whole rows, or is 0 nowhere."""
     shape = _aligned(m, y)
@@ -146,7 +146,7 @@ class RowMasks(TorchFunctionMode):
         layer = self._made_by.get(y)
         if layer is None or layer in self.found:
             return
-        mask, what = row_mask(m.detach(), y.detach()), "rows"
+        mask, what = mask_of(m.detach(), y.detach()), "rows"
         if mask is None:
             mask, what = column_mask(m, y.detach()) or (None, "")
         if mask is not None:
